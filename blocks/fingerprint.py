@@ -1,0 +1,123 @@
+"""What makes two copies of a model the same: a hash over its config and its weights files.
+
+Names, folders and library versions leave no trace in it. Hashing a weights file takes seconds a
+gigabyte, so the hash is remembered for as long as the file is untouched. Knows nothing of hubs.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from swarm.blocks.files import write_atomically
+from swarm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HASH_THREADS = 4
+CHUNK_BYTES = 8 * 2**20
+
+VOLATILE_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_model_name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""What a config says of who wrote it and how to load it, and not of what is computed."""
+
+
+def fingerprint(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """64 hex digits for a raw config and the SHA-256 of each weights file, by file name."""
+    whole = hashlib.sha256(canonical(config))
+    for _, digest in sorted(digests.items()):
+        whole.update(bytes.fromhex(digest))
+    return whole.hexdigest()
+
+
+def canonical(config: Mapping[str, Any]) -> bytes:
+    """The config as JSON with sorted keys, without what may differ between equal models."""
+    return json.dumps(_lasting(config), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lasting(inner) for key, inner in value.items() if key not in VOLATILE_KEYS}
+    if isinstance(value, list):
+        return [_lasting(inner) for inner in value]
+    return value
+
+
+def digests_of(paths: Sequence[Path], cache: Path, on_progress: Callable[[float], None]) -> dict[str, str]:
+    """The SHA-256 of each file, by its name; hashed in parallel, remembered in the folder `cache`.
+
+    `on_progress` gets the hashed fraction of the bytes, 0 to 1.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    total = sum(path.stat().st_size for path in paths) or 1
+    done = 0
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="hash-weights") as pool:
+        digests: dict[str, str] = {}
+        for path, digest in zip(paths, pool.map(lambda path: file_digest(path, cache), paths), strict=True):
+            digests[path.name] = digest
+            done += path.stat().st_size
+            on_progress(done / total)
+    return digests
+
+
+def file_digest(path: Path, cache: Path) -> str:
+    """The SHA-256 of one file in hex, from `cache` where the file is the one that was hashed.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        remembered = cache / _identity(path)
+        if digest := _recall(remembered):
+            return digest
+        digest = _hash(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}.", "Check the file and the disk."
+        ) from error
+    try:
+        write_atomically(remembered, digest.encode())
+    except OSError as error:
+        logger.warning("the hash of %s is not remembered: %s", path, error)
+    return digest
+
+
+def _identity(path: Path) -> str:
+    """A name for this very content of this very file: another one after any write to it."""
+    stat = path.stat()
+    facts = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _recall(remembered: Path) -> str | None:
+    try:
+        digest = remembered.read_text("ascii")
+        return digest if len(bytes.fromhex(digest)) == hashlib.sha256().digest_size else None
+    except (OSError, ValueError):
+        return None
+
+
+def _hash(path: Path) -> str:
+    state = hashlib.sha256()
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(chunk):
+            state.update(chunk[:got])
+    return state.hexdigest()

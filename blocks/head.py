@@ -1,0 +1,65 @@
+"""The two ends of a model, which a client holds: tokenizer, embeddings, final norm and head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from swarm.blocks.models import Model
+from swarm.blocks.precision import choose_device, choose_precision
+from swarm.blocks.shard import load_ends
+from swarm.errors import InputError
+
+
+class Head:
+    """Token ids to hidden states, and hidden states to logits. Its methods block: call them off the loop."""
+
+    def __init__(self, module: Any, tokenizer: Any, generation_config: GenerationConfig, dtype: torch.dtype):
+        self._module = module
+        self._embedding = module.get_input_embeddings()
+        self._dtype = dtype
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+
+    @classmethod
+    def load(cls, model: Model, dtype: str = "auto", device: str = "auto") -> "Head":
+        """Read the two ends of `model`; `dtype` is as for a server.
+
+        Raises:
+            InputError: the weights or the tokenizer are missing or cannot be used.
+        """
+        model.ensure_files(None, with_head=True)
+        stored = model.checkpoint.entry(model.checkpoint.head_tensors()[0]).dtype
+        place = choose_device(device)
+        precision = choose_precision(dtype, place, stored)
+        return cls(load_ends(model, precision, place), _tokenizer(model), _generation(model), precision.dtype)
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [tokens] to hidden states [tokens, hidden]."""
+        return self._embedding(ids.to(self._embedding.weight.device)).to(self._dtype)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the last block [tokens, hidden] to float32 logits [tokens, vocabulary] on CPU."""
+        place = self._embedding.weight.device
+        out = self._module(inputs_embeds=hidden[None].to(place, self._dtype), use_cache=False)
+        return out.logits[0].float().cpu()
+
+
+def _tokenizer(model: Model) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model.path)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            f"The tokenizer of {model.name} cannot be used: {str(error).splitlines()[0]}",
+            f"Check tokenizer.json and tokenizer_config.json in {model.path}.",
+        ) from error
+
+
+def _generation(model: Model) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(model.path)
+    except OSError:
+        return GenerationConfig(eos_token_id=model.config.get("eos_token_id"))

@@ -1,0 +1,70 @@
+"""KV memory of one session on one span: a slab a block, as transformers' cache interface wants it.
+
+Sliding-window blocks keep every position too, so that a session can be rolled back to any of them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Slab(CacheLayerMixin):
+    """Keys and values of one block, [1, kv_heads, capacity, dim] each, filled from the left."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def slab(like: Tensor) -> Tensor:
+            return torch.empty(
+                1, like.shape[1], self.capacity, like.shape[3], dtype=like.dtype, device=like.device
+            )
+
+        self.keys, self.values = slab(key_states), slab(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [1, kv_heads, tokens, dim]; returns everything so far, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class SessionKV(Cache):
+    """The slabs of all blocks of a span; `length` tokens are held of at most `capacity`."""
+
+    def __init__(self, num_blocks: int, capacity: int):
+        super().__init__(layers=[Slab(capacity) for _ in range(num_blocks)])
+        self.capacity = capacity
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def roll_back(self, length: int) -> None:
+        """Forget every position from `length` on; a no-op when the session is shorter."""
+        for slab in self.layers:
+            slab.length = min(slab.length, length)

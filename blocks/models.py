@@ -1,0 +1,124 @@
+"""A model by name: what its config says, what identifies it, and which of its files a span needs.
+
+Neither torch nor transformers is imported before weights are read or converted: a server is listed
+while those still load.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarm.blocks.checkpoint import Checkpoint
+from swarm.blocks.families import family_of
+from swarm.blocks.files import read_json
+from swarm.blocks.fingerprint import fingerprint
+from swarm.blocks.sources import OnProgress, Source, cache_folder, find_source
+from swarm.errors import InputError
+from swarm.spans import Span
+
+DEFAULT_MODEL = "smollm2-135m"
+FINGERPRINT_DIGITS = 20
+
+
+def _ignore(stage: str, fraction: float) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """`config` is config.json as it stands; `path` is the folder with config, tokenizer and weights.
+
+    `fingerprint` is equal for equal config and weights, whatever the model is called.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    model_type: str
+    num_blocks: int
+    hidden_size: int
+    vocab_size: int
+    fingerprint: str
+    checkpoint: Checkpoint
+    source: Source = field(repr=False)
+
+    @property
+    def model_id(self) -> str:
+        """Under this the model is announced: peers with other weights or another config never meet."""
+        return f"{self.model_type}-{self.fingerprint[:FINGERPRINT_DIGITS]}"
+
+    def check_span(self, span: Span) -> None:
+        """
+        Raises:
+            InputError: the model does not have all the blocks of `span`.
+        """
+        if not 0 <= span.start < span.end <= self.num_blocks:
+            raise InputError(
+                f"Blocks {span} are out of range: {self.name} has {self.num_blocks} blocks.",
+                f"Choose within 0:{self.num_blocks}.",
+            )
+
+    def ensure_files(self, span: Span | None, with_head: bool, on_progress: OnProgress = _ignore) -> None:
+        """Have the weights files that hold `span` in `path`, and those of the head if `with_head`.
+
+        Files of the hub are downloaded unless they are there; no others are.
+
+        Raises:
+            InputError: the span is out of range, or a file is missing.
+            HubUnreachable: a file has to be downloaded and the hub does not answer.
+        """
+        if span is not None:
+            self.check_span(span)
+        self.source.fetch(self._files(span, with_head), on_progress)
+
+    def _files(self, span: Span | None, with_head: bool) -> tuple[str, ...]:
+        if not self.checkpoint.is_indexed:
+            return self.checkpoint.files
+        blocks = self.checkpoint.block_tensors(span) if span is not None else {}
+        names = [name for tensors in blocks.values() for name in tensors]
+        return self.checkpoint.files_for(names + (self.checkpoint.head_tensors() if with_head else []))
+
+
+def resolve(
+    name: str = DEFAULT_MODEL, *, cache_dir: Path | None = None, on_progress: OnProgress | None = None
+) -> Model:
+    """Find the model that `name` stands for: a local folder, an alias, or `owner/name[@revision]` on the hub.
+
+    A hub repository is pinned to the commit that this machine first saw; weights are downloaded by
+    `ensure_files`. An alias is downloaded, or converted from its package, here. Blocks for as long
+    as that takes. `cache_dir` stands in for SWARM_CACHE and the user's cache folder.
+
+    Raises:
+        InputError: there is no such model, or it cannot run here.
+        SwarmError: the hub has to be asked and cannot be reached.
+    """
+    report = on_progress or _ignore
+    source = find_source(name, cache_folder(cache_dir), report)
+    config = read_json(source.folder / "config.json")
+    family = family_of(config)
+    num_blocks = _count(config, "num_hidden_layers")
+    ties_embeddings = config.get("tie_word_embeddings")
+    return Model(
+        name=name,
+        path=source.folder,
+        config=config,
+        model_type=config["model_type"],
+        num_blocks=num_blocks,
+        hidden_size=_count(config, "hidden_size"),
+        vocab_size=_count(config, "vocab_size"),
+        fingerprint=fingerprint(config, source.digests(report)),
+        checkpoint=Checkpoint(
+            source.folder,
+            num_blocks,
+            ties_embeddings=family.ties_embeddings if ties_embeddings is None else ties_embeddings is True,
+        ),
+        source=source,
+    )
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise InputError(f"The model's config.json has no usable {key}.", "Get the file again.")
+    return value

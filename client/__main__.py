@@ -1,0 +1,81 @@
+"""`python -m swarm.client`: reads the command line; what a command needs is imported when it is chosen."""
+
+import argparse
+import importlib
+import sys
+
+from swarm import cli
+
+COMMANDS = {
+    "chat": ("swarm.client.chat", "talk with a model"),
+    "generate": ("swarm.client.generate", "answer one prompt"),
+    "peers": ("swarm.client.peers_table", "show who serves what"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    root = cli.Parser(prog="python -m swarm.client", description="Use a model that a swarm serves.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        cli.shared_options(command)
+        if name == "generate":
+            _generate_options(command)
+        if name in ("chat", "generate"):
+            _answer_options(command, temperature=0.0 if name == "generate" else 0.5)
+        if name == "peers":
+            command.set_defaults(model=None)
+    return root
+
+
+def _generate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="what to answer; standard input if it is - or left out"
+    )
+    command.add_argument(
+        "--raw", action="store_true", help="continue the prompt as text, without a chat template"
+    )
+    command.add_argument("--ignore-eos", action="store_true", help="go on where the model would end")
+
+
+def _answer_options(command: argparse.ArgumentParser, temperature: float) -> None:
+    add = command.add_argument_group("answer").add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="end after N (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help="0: greedy (default: %(default)g)",
+    )
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that make up P")
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="leave out what is less likely than P times the best",
+    )
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, repeat less")
+    add("--seed", type=int, metavar="N", help="the same seed samples the same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+
+    async def command(args: argparse.Namespace) -> int:
+        module, _ = COMMANDS[args.command]
+        return await importlib.import_module(module).main(args)
+
+    return cli.run(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The library's front door: `connect` for async code, `connect_sync` for scripts and notebooks."""
+
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from swarm.client.blocking import BlockingSwarm
+from swarm.client.facade import Chat, OnWaiting, Swarm
+from swarm.client.generation import Generation, TextStream
+from swarm.client.joining import OnProgress, join_with_model
+
+__all__ = ["BlockingSwarm", "Chat", "Generation", "Swarm", "TextStream", "connect", "connect_sync"]
+
+
+class Connecting(AbstractAsyncContextManager[Swarm]):
+    """What `connect` gives: await it for a `Swarm`, or enter it with `async with`."""
+
+    def __init__(self, joining: Callable[[], Coroutine[Any, Any, Swarm]]):
+        self._joining = joining
+        self._swarm: Swarm | None = None
+
+    def __await__(self) -> Generator[Any, None, Swarm]:
+        return self._joining().__await__()
+
+    async def __aenter__(self) -> Swarm:
+        self._swarm = await self._joining()
+        return self._swarm
+
+    async def __aexit__(self, *failure: object) -> None:
+        if self._swarm is not None:
+            await self._swarm.close()
+
+
+def connect(
+    initial_peers: Sequence[str] | str,
+    model: str = "smollm2-135m",
+    *,
+    timeout: float = 60.0,
+    identity: Path | str | None = None,
+    dtype: str = "auto",
+    on_waiting: OnWaiting = lambda reason: None,
+    on_progress: OnProgress | None = None,
+) -> Connecting:
+    """Join the swarm of `initial_peers` and wait until its servers cover `model`.
+
+    Use it as `async with connect(...) as swarm`, or `swarm = await connect(...)` and close it yourself.
+
+    Args:
+        initial_peers: multiaddrs of servers, as they print them.
+        model: an alias, a hub repository or a local folder.
+        timeout: seconds that a route through all blocks is waited for, now and for each session.
+        identity: the file with this peer's key; a new identity each time without one.
+        dtype: of embeddings and head on this machine, as for a server.
+        on_waiting: called with the reason while there is no route yet.
+        on_progress: called with the fraction of the model's files that are in place.
+
+    Raises:
+        InputError: the model or an address cannot be used.
+        NoRoute: within `timeout` no route came up; says what is missing and who is loading.
+        SwarmError: no initial peer can be reached.
+    """
+    peers = (initial_peers,) if isinstance(initial_peers, str) else tuple(initial_peers)
+
+    async def joined() -> Swarm:
+        async with AsyncExitStack() as stack:
+            network, found, head = await join_with_model(
+                stack, peers, model, identity=identity, dtype=dtype, on_progress=on_progress
+            )
+            swarm = Swarm(
+                network.transport,
+                network.store,
+                found,
+                head,
+                timeout=timeout,
+                on_waiting=on_waiting,
+                resources=stack.pop_all(),
+            )
+            stack.push_async_callback(swarm.close)
+            await swarm.start()
+            await swarm.wait_for_route()
+            stack.pop_all()
+        return swarm
+
+    return Connecting(joined)
+
+
+def connect_sync(
+    initial_peers: Sequence[str] | str,
+    model: str = "smollm2-135m",
+    *,
+    timeout: float = 60.0,
+    identity: Path | str | None = None,
+    dtype: str = "auto",
+    on_waiting: OnWaiting = lambda reason: None,
+    on_progress: OnProgress | None = None,
+) -> BlockingSwarm:
+    """`connect` for code that is not async; works where an event loop already runs, as in a notebook.
+
+    The client lives on a thread of its own, on which the callbacks are called. Use it as
+    `with connect_sync(...) as swarm`, or close it yourself.
+    """
+
+    async def joined() -> Swarm:
+        return await connect(
+            initial_peers,
+            model,
+            timeout=timeout,
+            identity=identity,
+            dtype=dtype,
+            on_waiting=on_waiting,
+            on_progress=on_progress,
+        )
+
+    return BlockingSwarm(joined)

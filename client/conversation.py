@@ -1,0 +1,147 @@
+"""A conversation: a sequence of tokens of which the hops keep what they have already computed.
+
+Owns which tokens the hops of its session hold, so that the next turn steps only from where it differs.
+Opens a session when it needs one, and another when the sequence outgrows it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from swarm.client.faults import RemoteFault
+from swarm.client.session import Session
+from swarm.errors import InputError, SwarmError
+
+logger = logging.getLogger(__name__)
+
+OpenSession = Callable[[int], Awaitable[Session]]
+"""Opens a session of at most that many tokens, on a route that has room for it."""
+
+
+class Ends(Protocol):
+    """The two ends of a model, as `swarm.blocks.head.Head` has them. Its methods block."""
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class Superseded(SwarmError):
+    """The conversation has moved on to another answer."""
+
+
+class Conversation:
+    """One sequence that grows turn by turn. One answer at a time: a new one supersedes the one before.
+
+    `context` is the most tokens the model can take, `room` how many a session is opened for at least.
+    `stepped` counts the tokens that were sent through the hops.
+    """
+
+    def __init__(
+        self, ends: Ends, compute: Executor, open_session: OpenSession, *, context: int, room: int = 0
+    ):
+        self.stepped = 0
+        self._ends = ends
+        self._compute = compute
+        self._open_session = open_session
+        self._context = context
+        self._room = room
+        self._tokens: list[int] = []
+        self._session: Session | None = None
+        self._turn = 0
+        self._lock = asyncio.Lock()
+
+    @property
+    def session(self) -> Session | None:
+        """The open session, None where there is none."""
+        return self._session if self._session and self._session.is_open else None
+
+    async def begin(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[int, Tensor]:
+        """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
+
+        Returns:
+            The turn, to be given to `append`, and the hidden state [1, hidden] of the last token.
+
+        Raises:
+            InputError: the prompt is empty or leaves no room in the model's context.
+        """
+        self._turn += 1
+        turn = self._turn
+        if not prompt:
+            raise InputError("The prompt is empty.", "Say something to the model.")
+        if len(prompt) >= self._context:
+            raise InputError(
+                f"The prompt has {len(prompt)} tokens; this model takes fewer than {self._context}.",
+                "Shorten it, or begin a new conversation.",
+            )
+        async with self._lock:
+            was_kept = self.session is not None
+            try:
+                return turn, await self._hold(prompt, max_new_tokens)
+            except RemoteFault as fault:
+                if not was_kept:
+                    raise
+                logger.info("the kept session has ended, opening another: %s", fault)
+            return turn, await self._hold(prompt, max_new_tokens)
+
+    async def append(self, turn: int, token: int, embedded: Tensor) -> Tensor:
+        """One decode step.
+
+        Returns:
+            The hidden state [1, hidden] of `token`.
+
+        Raises:
+            Superseded: another answer has begun since.
+        """
+        async with self._lock:
+            if turn != self._turn or self.session is None:
+                raise Superseded("This answer was given up for another one.")
+            return await self._step(self.session, [token], embedded, len(self._tokens))
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether the sequence may have `tokens` tokens, the last of them not stepped."""
+        return tokens <= self._context
+
+    async def close(self) -> None:
+        self._turn += 1
+        session, self._session, self._tokens = self._session, None, []
+        if session is not None:
+            await session.close()
+
+    async def _hold(self, prompt: Sequence[int], max_new_tokens: int) -> Tensor:
+        """Bring the hops to hold `prompt`; the hidden state [1, hidden] of its last token."""
+        session = await self._session_for(min(len(prompt) + max_new_tokens, self._context))
+        start = min(_common_prefix(prompt, self._tokens), len(prompt) - 1)
+        ids = torch.tensor(prompt[start:])
+        embedded = await asyncio.get_running_loop().run_in_executor(self._compute, self._ends.embed, ids)
+        return (await self._step(session, list(prompt[start:]), embedded, start))[-1:]
+
+    async def _step(self, session: Session, tokens: list[int], embedded: Tensor, seq_pos: int) -> Tensor:
+        hidden = await session.step(embedded, seq_pos)
+        self._tokens[seq_pos:] = tokens
+        self.stepped += len(tokens)
+        return hidden
+
+    async def _session_for(self, tokens: int) -> Session:
+        """The session, opened anew (and so prefilled again) where there is none or it is too small."""
+        session = self.session
+        if session is not None and tokens <= session.max_tokens:
+            return session
+        grown = max(tokens, self._room, 2 * session.max_tokens if session else 0)
+        if session is not None:
+            await session.close()
+        self._session, self._tokens = None, []
+        self._session = await self._open_session(min(grown, self._context))
+        return self._session
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for at, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return at
+    return min(len(a), len(b))

@@ -1,0 +1,84 @@
+"""What can go wrong with a hop, kept apart by whose fault it is.
+
+Only a `RemoteFault` counts against a peer. `NoCapacity` passes with time or on another route, and
+`RequestRefused` means that this client asked for something wrong.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from swarm.client.route import Hop, blocks_text, label
+from swarm.client.text import printable
+from swarm.errors import SwarmError
+from swarm.net.calls import CallTimeout, Refused
+from swarm.net.transport import FrameError, PeerUnreachable, StreamClosed
+
+CAPACITY_CODES = frozenset({"warming_up", "no_capacity", "draining"})
+
+WAITING = {
+    "warming_up": "is still loading",
+    "no_capacity": "has no room for another session",
+    "draining": "is about to leave",
+}
+
+
+class HopError(SwarmError):
+    """A hop of a session did not do its part."""
+
+    def __init__(self, hop: Hop, reason: str, hint: str):
+        super().__init__(f"{label(hop.announcement)}, which serves {blocks_text(hop.span)}, {reason}.", hint)
+        self.hop = hop
+        self.reason = reason
+
+
+class RemoteFault(HopError):
+    """The peer is gone, too slow, or answers nonsense."""
+
+    def __init__(self, hop: Hop, reason: str):
+        super().__init__(hop, reason, "Try again: the next route will avoid this peer.")
+
+
+class ConnectionLost(RemoteFault):
+    """The stream ended. The peer may be gone, or may have closed what was idle for long: a new one will tell."""
+
+
+class NoCapacity(HopError):
+    """The peer works but cannot take this now. `retry_after` is in seconds, None where waiting won't help."""
+
+    def __init__(self, hop: Hop, reason: str, retry_after: float | None):
+        super().__init__(hop, reason, "Try again in a little while.")
+        self.retry_after = retry_after
+
+
+class RequestRefused(HopError):
+    """The peer found the request wrong: a fault of this client, or of the way it was used."""
+
+    def __init__(self, hop: Hop, reason: str):
+        super().__init__(hop, reason, "The two may run versions of Swarm that do not fit together.")
+
+
+@contextmanager
+def blaming(hop: Hop) -> Iterator[None]:
+    """Turn what the network raises while talking to `hop` into one of the three kinds."""
+    try:
+        yield
+    except Refused as refused:
+        raise _refusal(hop, refused) from refused
+    except CallTimeout as timeout:
+        raise RemoteFault(hop, "did not answer in time") from timeout
+    except PeerUnreachable as unreachable:
+        raise RemoteFault(hop, "cannot be reached") from unreachable
+    except StreamClosed as closed:
+        raise ConnectionLost(hop, "closed the connection") from closed
+    except FrameError as broken:
+        raise RemoteFault(hop, "sent something that is not of this protocol") from broken
+
+
+def _refusal(hop: Hop, refused: Refused) -> HopError:
+    error = refused.error
+    said = printable(error.message).replace("\n", " ").strip().rstrip(".")
+    if error.code in CAPACITY_CODES:
+        return NoCapacity(hop, WAITING[error.code], error.retry_after if error.code != "draining" else None)
+    if error.code == "bad_request":
+        return RequestRefused(hop, f"refused the request: {said}")
+    return RemoteFault(hop, f"failed: {said}" if said else "failed")

@@ -1,0 +1,79 @@
+"""What the commands share: the options of an answer, and joining a swarm while a person watches."""
+
+import argparse
+import asyncio
+import importlib
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from swarm import cli
+from swarm.client.options import Options, generation_options
+from swarm.client.route import NoRoute
+from swarm.errors import SwarmError
+
+if TYPE_CHECKING:
+    from swarm.client.facade import Swarm
+
+
+@asynccontextmanager
+async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
+    """The swarm that the shared options name, joined with progress on standard error.
+
+    Raises:
+        SwarmError: see `swarm.client.api.connect`.
+    """
+    with cli.Progress(quiet=args.json) as progress:
+        on_progress = progress.stage(f"Loading {args.model}")
+        api = await asyncio.to_thread(importlib.import_module, "swarm.client.api")
+        swarm: Swarm = await api.connect(
+            args.initial_peers,
+            args.model,
+            timeout=args.timeout,
+            identity=args.identity,
+            on_progress=on_progress,
+            on_waiting=waiting_reporter(quiet=args.json),
+        )
+    async with swarm:
+        yield swarm
+
+
+def answer_options(args: argparse.Namespace) -> Options:
+    """The options of an answer as given on the command line, checked.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+    options: Options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
+        "stop": args.stop,
+        "ignore_eos": getattr(args, "ignore_eos", False),
+    }
+
+    generation_options(options)
+    return options
+
+
+def waiting_reporter(*, quiet: bool = False) -> Callable[[SwarmError], None]:
+    """Says on standard error why there is no route, once for each new reason, not for each new percentage."""
+    said: object = None
+
+    def report(reason: SwarmError) -> None:
+        nonlocal said
+        key = (
+            (reason.missing, [server.peer for server in reason.loading])
+            if isinstance(reason, NoRoute)
+            else reason.message
+        )
+        if key != said and not quiet:
+            print(f"Waiting. {reason.message}", file=sys.stderr, flush=True)
+        said = key
+
+    return report

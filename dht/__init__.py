@@ -1,0 +1,1 @@
+"""Who serves what: signed records, the announcement, the directory and the stores that hold records."""

@@ -1,0 +1,1 @@
+"""Tensor primitives: one plain reference of each, and faster versions chosen by device."""

@@ -1,0 +1,23 @@
+"""Swarm: run language models too big for any one of your machines, together.
+
+`swarm.connect` joins a swarm from async code, `swarm.connect_sync` from a notebook or a script.
+Both are loaded when first asked for, so that `import swarm` stays light.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from swarm.errors import InputError, SwarmError
+from swarm.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from swarm.client.api import connect, connect_sync
+
+__all__ = ["InputError", "SwarmError", "__version__", "connect", "connect_sync"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("connect", "connect_sync"):
+        from swarm.client import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'swarm' has no attribute '{name}'")

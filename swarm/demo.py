@@ -1,0 +1,213 @@
+"""`python -m swarm.demo`: a whole swarm on this machine, three servers and a client, in one command.
+
+Owns the order of things: fetch the model, start the servers as processes of their own, join them, talk,
+and end everything, whatever happened. The heavy rooms are imported when they are needed.
+"""
+
+import argparse
+import asyncio
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from swarm import cli
+from swarm.errors import InputError
+from swarm.processes import Event, ServerProcess, stop_all
+from swarm.server.config import DTYPES
+from swarm.spans import Span
+
+if TYPE_CHECKING:
+    from swarm.blocks.models import Model
+    from swarm.client.facade import Swarm
+
+T = TypeVar("T")
+
+SERVERS = 3
+READY_TIMEOUT = 120.0
+"""Seconds that a server may take to serve, and then the client to join."""
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+CHAT_TEMPERATURE = 0.5
+
+
+def main() -> int:
+    parser = cli.Parser(
+        prog="python -m swarm.demo",
+        description="Start three servers on this machine, each with a third of a model, and talk to them.",
+    )
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="answer this and leave; without it, answer standard input or, in a terminal, open a chat",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="numbers to compute in; default: %(default)s"
+    )
+    cli.shared_options(parser, timeout=READY_TIMEOUT, joins=False)
+    return cli.run(_main, parser.parse_args())
+
+
+async def _main(args: argparse.Namespace) -> int:
+    prompt = await _prompt(args.prompt)
+    async with AsyncExitStack() as stack:
+        with cli.Progress(quiet=args.json) as progress:
+            model = await _fetch(args.model, progress)
+            servers = await stack.enter_async_context(_serving(args, model, progress))
+            swarm = await _while_all_run(servers, _join(args, _addresses(servers[0]), progress))
+            stack.push_async_callback(swarm.close)
+        return await _while_all_run(servers, _talk(swarm, prompt, as_json=args.json))
+
+
+async def _prompt(given: str | None) -> str | None:
+    """The prompt from the command line or a pipe; None means to chat.
+
+    Raises:
+        InputError: it is empty.
+    """
+    prompt = given
+    if prompt is None:
+        if sys.stdin.isatty():
+            return None
+        lines = await _imported("swarm.client.lines")
+        prompt = "".join([line async for line in lines.stream_lines(sys.stdin)])
+    if not prompt.strip():
+        raise InputError("The prompt is empty.", "Give some text, as an argument or on standard input.")
+    return prompt
+
+
+async def _fetch(name: str, progress: cli.Progress) -> "Model":
+    """The model `name`, with all its files on this machine."""
+    models = await _imported("swarm.blocks.models")
+
+    def fetch(on_stage: Callable[[str, float], None]) -> "Model":
+        model: Model = models.resolve(name, on_progress=on_stage)
+        model.ensure_files(Span(0, model.num_blocks), True, on_stage)
+        return model
+
+    return await cli.in_thread(
+        fetch, lambda stage, fraction: progress.on_stage(f"{stage.capitalize()} {name}", fraction)
+    )
+
+
+def split(num_blocks: int, parts: int) -> list[Span]:
+    """`num_blocks` blocks as `parts` spans whose sizes differ by one at most, or fewer where there are fewer."""
+    parts = min(parts, num_blocks)
+    edges = [part * num_blocks // parts for part in range(parts + 1)]
+    return [Span(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+
+
+@asynccontextmanager
+async def _serving(
+    args: argparse.Namespace, model: "Model", progress: cli.Progress
+) -> AsyncIterator[list[ServerProcess]]:
+    """A server process for each third of the model, all of them serving; ended together on leaving.
+
+    Raises:
+        ProcessEnded: one of them ended, or does not serve within `args.timeout` seconds.
+    """
+    spans = split(model.num_blocks, SERVERS)
+    with tempfile.TemporaryDirectory(prefix="swarm-demo-") as folder:
+        servers = [
+            _server(f"server-{number}", span, args, Path(folder), progress)
+            for number, span in enumerate(spans, start=1)
+        ]
+        first, *others = servers
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_imported("swarm.client.api"), name="import the client")
+                await first.start()
+                await first.wait_for("listening", args.timeout)
+                peers = ["--initial-peers", *_addresses(first)]
+                for server in others:
+                    await server.start(peers)
+                for server in servers:
+                    tasks.create_task(server.wait_for("serving", args.timeout), name=f"await {server.name}")
+            yield servers
+        finally:
+            await stop_all(servers)
+
+
+def _server(
+    name: str, span: Span, args: argparse.Namespace, folder: Path, progress: cli.Progress
+) -> ServerProcess:
+    threads = str(max(1, (os.cpu_count() or 1) // SERVERS))
+    options = {
+        "--model": args.model,
+        "--blocks": str(span),
+        "--dtype": args.dtype,
+        "--threads": threads,
+        "--host-maddrs": LOOPBACK,
+        "--public-name": name,
+    }
+    on_fraction = progress.stage(f"Starting {name} with blocks {span}")
+
+    def on_event(event: Event) -> None:
+        if args.json:
+            cli.emit({**event, "server": name})
+        on_fraction(1.0 if event["event"] == "serving" else event.get("progress", 0.0))
+
+    return ServerProcess(
+        [part for option in options.items() for part in option] + ["--exit-with-stdin"],
+        name=name,
+        log=folder / f"{name}.log",
+        environment={"OMP_NUM_THREADS": threads},
+        on_event=on_event,
+    )
+
+
+def _addresses(server: ServerProcess) -> Sequence[str]:
+    return [address for event in server.events[:1] for address in event["addresses"]]
+
+
+async def _join(args: argparse.Namespace, addresses: Sequence[str], progress: cli.Progress) -> "Swarm":
+    on_fraction = progress.stage("Joining the swarm", counted=False)
+    api = await _imported("swarm.client.api")
+    swarm: Swarm = await api.connect(addresses, args.model, timeout=args.timeout, dtype=args.dtype)
+    on_fraction(1.0)
+    return swarm
+
+
+async def _talk(swarm: "Swarm", prompt: str | None, *, as_json: bool) -> int:
+    """A chat until the user leaves it, or one answer."""
+    chat = await _imported("swarm.client.chat")
+    if prompt is None:
+        code: int = await chat.run_chat(swarm, {"temperature": CHAT_TEMPERATURE}, as_json=as_json)
+        return code
+    generate = await _imported("swarm.client.generate")
+    answer = await generate.answer(swarm, prompt, {}, as_json=as_json)
+    if not as_json:
+        print(chat.summary(answer), flush=True)
+    return 0
+
+
+async def _while_all_run(servers: Sequence[ServerProcess], work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, given up as soon as a server ends.
+
+    Raises:
+        ExceptionGroup: of a ProcessEnded, a server has ended.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        watching = [tasks.create_task(_watch(server), name=f"watch {server.name}") for server in servers]
+        result = await work
+        for task in watching:
+            task.cancel()
+    return result
+
+
+async def _watch(server: ServerProcess) -> None:
+    await server.wait_ended()
+    raise server.failure()
+
+
+async def _imported(module: str) -> Any:
+    return await asyncio.to_thread(importlib.import_module, module)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

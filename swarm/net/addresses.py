@@ -1,0 +1,118 @@
+"""Addresses as people write them and peers announce them: multiaddrs, checked as text.
+
+Light enough for a command to check its options before anything heavy is imported. Whether somebody
+answers at an address is not known here.
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from swarm.errors import InputError
+from swarm.net.identity import is_peer_id
+from swarm.net.transport import PeerId
+
+MAX_ADDRESSES = 16
+"""So many of a peer's announced addresses are tried at most."""
+
+_MAX_CHARACTERS = 300
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?\.?")
+_EXAMPLE = (
+    "It looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW…; each server prints its own when it starts."
+)
+_LISTEN_EXAMPLE = "It looks like /ip4/0.0.0.0/tcp/31337, or ends in /tcp/0 for a free port."
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a peer may be reached: `path` leads to a machine or a relay, `peer` is who must answer there."""
+
+    path: str
+    peer: PeerId
+
+    def __str__(self) -> str:
+        return f"{self.path}/p2p/{self.peer}"
+
+
+def parse_address(text: str) -> Address:
+    """The address of a peer, ending in `/p2p/PEER`.
+
+    Raises:
+        InputError: it is malformed, or does not end in a peer id.
+    """
+    path, _, peer = text.strip().rpartition("/p2p/")
+    if not (is_peer_id(peer) and _is_path(path)):
+        raise InputError(f"'{text}' is not the address of a peer.", _EXAMPLE)
+    return Address(path, PeerId(peer))
+
+
+def parse_listen_address(text: str) -> str:
+    """An address of this machine to listen on: `/ip4/…/tcp/…` and the like, without a peer.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    if "/p2p" in text or not _is_path(text):
+        raise InputError(f"'{text}' is not an address to listen on.", _LISTEN_EXAMPLE)
+    return text
+
+
+def usable_addresses(peer: PeerId, announced: Iterable[str]) -> list[Address]:
+    """The well-formed ones of the addresses that `peer` announced for itself, `MAX_ADDRESSES` at most."""
+    usable: list[Address] = []
+    for text in announced:
+        path, _, owner = text[: _MAX_CHARACTERS + 1].rpartition("/p2p/")
+        if owner == peer and _is_path(path) and len(usable) < MAX_ADDRESSES:
+            usable.append(Address(path, peer))
+    return usable
+
+
+def _is_ip(version: int) -> Callable[[str], bool]:
+    parse = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
+
+    def check(text: str) -> bool:
+        try:
+            return "%" not in text and bool(parse(text))
+        except ValueError:
+            return False
+
+    return check
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) < 65536
+
+
+def _is_host_name(text: str) -> bool:
+    return _HOST_NAME.fullmatch(text) is not None
+
+
+_WITH_VALUE: dict[str, Callable[[str], bool]] = {
+    "ip4": _is_ip(4),
+    "ip6": _is_ip(6),
+    "dns": _is_host_name,
+    "dns4": _is_host_name,
+    "dns6": _is_host_name,
+    "tcp": _is_port,
+    "udp": _is_port,
+    "p2p": is_peer_id,
+}
+_WITHOUT_VALUE = ("quic-v1", "ws", "wss", "p2p-circuit")
+_MACHINES = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
+def _is_path(text: str) -> bool:
+    """Whether `text` names a machine, a port, and nothing unknown after them."""
+    if len(text) > _MAX_CHARACTERS or not text.startswith("/"):
+        return False
+    parts = iter(text[1:].split("/"))
+    names = []
+    for name in parts:
+        if name in _WITH_VALUE:
+            if not _WITH_VALUE[name](next(parts, "")):
+                return False
+        elif name not in _WITHOUT_VALUE:
+            return False
+        names.append(name)
+    return len(names) >= 2 and names[0] in _MACHINES and names[1] in ("tcp", "udp")

@@ -1,0 +1,94 @@
+"""Frames on a byte stream: two little-endian u32 lengths, then the header, then the body.
+
+Lengths are checked as soon as they arrive; memory for a body grows only with the bytes that have come.
+Works on asyncio's stream reader and writer and does not know whose they are.
+"""
+
+import asyncio
+import struct
+
+from swarm.net.transport import (
+    MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
+    Buffer,
+    FrameError,
+    StreamClosed,
+)
+
+LENGTHS = struct.Struct("<II")
+_SMALL_BODY = 64 * 1024
+"""Bodies up to this many bytes are copied into one write with their header: cheaper than a second write."""
+
+
+def check_lengths(header: int, body: int, max_body: int) -> None:
+    """
+    Raises:
+        FrameError: a frame with these lengths, in bytes, is not allowed.
+    """
+    if not 0 < header <= MAX_HEADER_BYTES:
+        raise FrameError(f"A peer sent a header of {header} bytes; 1 to {MAX_HEADER_BYTES} are allowed.")
+    if body > min(max_body, MAX_BODY_BYTES):
+        raise FrameError(f"A peer sent a body of {body} bytes; {max_body} are allowed here.")
+
+
+def check_sendable(header: Buffer, body: Buffer) -> None:
+    """
+    Raises:
+        ValueError: this peer would break the rules itself with such a frame.
+    """
+    header_bytes, body_bytes = memoryview(header).nbytes, memoryview(body).nbytes
+    if not 0 < header_bytes <= MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
+        raise ValueError(f"a frame of {header_bytes} + {body_bytes} bytes is larger than allowed")
+
+
+async def read_lengths(reader: asyncio.StreamReader, max_body: int = MAX_BODY_BYTES) -> tuple[int, int]:
+    """The next frame's lengths, in bytes: header and body. Cancelling it loses nothing.
+
+    Raises:
+        StreamClosed: the stream ended.
+        FrameError: the lengths are not allowed.
+    """
+    header_bytes, body_bytes = LENGTHS.unpack(await _read(reader, LENGTHS.size))
+    check_lengths(header_bytes, body_bytes, max_body)
+    return header_bytes, body_bytes
+
+
+async def read_frame(reader: asyncio.StreamReader, lengths: tuple[int, int]) -> tuple[bytes, memoryview]:
+    """The header and body that follow their lengths. The stream is of no use after cancelling it.
+
+    Raises:
+        StreamClosed: the stream ended within the frame.
+    """
+    header_bytes, body_bytes = lengths
+    header = await _read(reader, header_bytes)
+    return header, memoryview(await _read(reader, body_bytes))
+
+
+async def write_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer = b"") -> None:
+    """Write one frame and wait until most of it has left. `body` must not change afterwards.
+
+    Raises:
+        StreamClosed: the stream has ended.
+        ValueError: the frame is larger than any peer would take.
+    """
+    check_sendable(header, body)
+    if writer.is_closing():
+        raise StreamClosed("The stream has ended.")
+    body = memoryview(body).cast("B")
+    lengths = LENGTHS.pack(len(header), len(body))
+    try:
+        if len(body) <= _SMALL_BODY:
+            writer.write(b"".join((lengths, header, body)))
+        else:
+            writer.write(lengths + header)
+            writer.write(body)
+        await writer.drain()
+    except OSError as error:
+        raise StreamClosed("The peer ended the stream.") from error
+
+
+async def _read(reader: asyncio.StreamReader, size: int) -> bytes:
+    try:
+        return await reader.readexactly(size)
+    except (asyncio.IncompleteReadError, OSError) as error:
+        raise StreamClosed("The peer ended the stream.") from error

@@ -1,0 +1,406 @@
+"""The network of the world: `Transport` over the libp2p daemon, encrypted, authenticated, routed.
+
+The only file that imports `hivemind.p2p`, and it does so slowly (seconds): import it late. It adapts
+hivemind's client of the daemon and patches nothing. What peers say to each other is not known here.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto.p2pd_pb2 import ConnectRequest, Request, Response, StreamOpenRequest
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm.net import framing
+from swarm.net.addresses import Address, parse_address, parse_listen_address, usable_addresses
+from swarm.net.daemon import Daemon, check_can_listen
+from swarm.net.identity import Identity, is_peer_id
+from swarm.net.inbound import Inbound
+from swarm.net.transport import (
+    CONNECT_TIMEOUT,
+    MAX_BODY_BYTES,
+    PROTOCOL,
+    Buffer,
+    FrameError,
+    OnStream,
+    PeerId,
+    PeerUnreachable,
+    StreamClosed,
+    TransportError,
+)
+
+logger = logging.getLogger(__name__)
+
+# hivemind installs a coloured handler of its own and renames a level when it is imported
+use_hivemind_log_handler("nowhere")
+logging.getLogger("hivemind").setLevel(logging.WARNING)
+logging.addLevelName(logging.WARNING, "WARNING")
+
+DIAL_TIMEOUT = CONNECT_TIMEOUT / 2
+"""Seconds for the addresses a caller knows; the rest of `CONNECT_TIMEOUT` is left for routing."""
+SETTLE_TIME = 1.0
+"""Seconds in which other initial peers may still answer after the first one did."""
+ROUTING_ATTEMPTS = 20
+ROUTING_PERIOD = 0.1
+"""How often, and after how many seconds again, to look for a peer while the daemon learns whom to ask."""
+LINGER = 5.0
+"""Seconds for what was sent before a close to leave."""
+
+_NO_ROUTING_YET = "failed to find any peer in table"
+_P2P_CODE = b"\xa5\x03"  # the varint of 421, multiaddr's code of /p2p/
+
+
+class Libp2pStream:
+    """A stream through the daemon. Implements `Stream`."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        open_streams: set["Libp2pStream"],
+    ):
+        self.peer = peer
+        self._reader = reader
+        self._writer = writer
+        self._sending = asyncio.Lock()
+        self._is_closed = False
+        self._open_streams = open_streams
+        open_streams.add(self)
+
+    async def send(self, header: Buffer, body: Buffer = b"") -> None:
+        try:
+            async with self._sending:
+                await framing.write_frame(self._writer, header, body)
+        except StreamClosed:
+            self.close()
+            raise
+
+    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
+        if self._is_closed:
+            raise StreamClosed("The stream has ended.")
+        try:
+            lengths = await framing.read_lengths(self._reader, max_body)
+        except (StreamClosed, FrameError):
+            self.close()
+            raise
+        try:
+            return await framing.read_frame(self._reader, lengths)
+        except BaseException:  # a frame half read, whatever the reason, leaves nothing to go on with
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._open_streams.discard(self)
+        transport = self._writer.transport
+        if transport.get_write_buffer_size():
+            transport.close()
+            asyncio.get_running_loop().call_later(LINGER, transport.abort)
+        else:
+            transport.abort()
+
+
+class Libp2pTransport:
+    """This peer's access to the network. Implements `Transport`; made by `start`."""
+
+    def __init__(self, identity: Identity, daemon: Daemon, p2p: P2P):
+        self.identity = identity
+        self.peer = identity.peer
+        self.p2p = p2p
+        self._daemon = daemon
+        self._streams: set[Libp2pStream] = set()
+        self._inbound: Inbound | None = None
+        self._failure: TransportError | None = None
+        self._has_failed = asyncio.Event()
+        self._watch = asyncio.create_task(self._watch_daemon(), name="watch the libp2p daemon")
+
+    @classmethod
+    async def start(
+        cls,
+        identity: Identity | Path | str,
+        initial_peers: Sequence[str] = (),
+        host_maddrs: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        announce_maddrs: Sequence[str] = (),
+        *,
+        routes_for_others: bool = True,
+        nat_port_map: bool = False,
+        relay: bool = False,
+    ) -> "Libp2pTransport":
+        """Start the daemon and join the swarm through whichever of `initial_peers` answers.
+
+        `identity` may be the path of its file, made if missing. An empty `host_maddrs` listens nowhere.
+        `routes_for_others` lets other peers ask this one for addresses; a short-lived client turns it
+        off. `relay` lets peers that cannot be reached be found through others, and this one too.
+
+        Raises:
+            InputError: an address is malformed, in use, or not this machine's; or the identity's file.
+            PeerUnreachable: none of `initial_peers` answered within `CONNECT_TIMEOUT`.
+            TransportError: the daemon could not be started.
+        """
+        if not isinstance(identity, Identity):
+            identity = Identity.load_or_create(identity)
+        peers = [peer for peer in map(parse_address, initial_peers) if peer.peer != identity.peer]
+        for address in host_maddrs:
+            check_can_listen(parse_listen_address(address))
+        announced = [parse_listen_address(address) for address in announce_maddrs]
+        options = _daemon_options(host_maddrs, announced, peers, routes_for_others, nat_port_map, relay)
+        daemon = await Daemon.start(identity, options)
+        try:
+            transport = cls(identity, daemon, await P2P.replicate(Multiaddr(daemon.control_address)))
+        except BaseException as error:
+            await daemon.stop()
+            if isinstance(error, OSError | EOFError | P2PDaemonError):
+                raise TransportError("The libp2p daemon ended while it started.", daemon.last_line) from error
+            raise
+        try:
+            await transport._join(peers)
+        except BaseException:
+            await transport.close()
+            raise
+        return transport
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def addresses(self) -> list[str]:
+        self._check_usable()
+        async with self._daemon_calls():
+            _, known = await self.p2p._client.identify()
+        return [f"{text}/p2p/{self.peer}" for text in _texts(known)]
+
+    async def listen(self, on_stream: OnStream) -> None:
+        self._check_usable()
+        self._inbound = Inbound(on_stream)
+        async with self._daemon_calls():
+            await self.p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
+
+    async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> Libp2pStream:
+        self._check_usable()
+        if not is_peer_id(peer):
+            raise _unreachable(peer, "not a peer id")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                return await self._open(peer, usable_addresses(peer, addresses))
+        except TimeoutError:
+            raise _unreachable(peer, "no answer in time") from None
+        except P2PDaemonError as error:
+            self._check_usable()
+            raise _unreachable(peer, str(error)) from error
+        except (OSError, EOFError) as error:
+            self._check_usable()
+            raise _mute_daemon() from error
+
+    async def wait_failed(self) -> TransportError:
+        await self._has_failed.wait()
+        assert self._failure is not None
+        return self._failure
+
+    async def close(self) -> None:
+        self._failure = self._failure or TransportError("This peer has left the network.")
+        if self._inbound is not None:
+            await self._inbound.close()
+        self._close_streams()
+        self._watch.cancel()
+        control = self.p2p._client.control
+        await self.p2p.shutdown()
+        await self._daemon.stop()
+        tasks = (self._watch, self.p2p._listen_task, control._read_task, control._write_task)
+        await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+
+    async def _join(self, peers: Sequence[Address]) -> None:
+        """Connect to the initial peers, all at once: the first answer is enough to be in the swarm."""
+        if not peers:
+            return
+        dialling = {asyncio.create_task(self._connect(peer.peer, [peer])) for peer in peers}
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                for connected in asyncio.as_completed(dialling):
+                    if await connected:
+                        break
+                else:
+                    raise TimeoutError
+            await asyncio.wait(dialling, timeout=SETTLE_TIME)
+        except TimeoutError:
+            named = "The initial peer" if len(peers) == 1 else "None of the initial peers"
+            verb = "cannot" if len(peers) == 1 else "can"
+            raise PeerUnreachable(
+                f"{named} {', '.join(map(str, peers))} {verb} be reached.",
+                "Check that it is running and that its address and port are right and open to this machine.",
+            ) from None
+        finally:
+            for task in dialling:
+                task.cancel()
+            await asyncio.gather(*dialling, return_exceptions=True)
+
+    async def _connect(self, peer: PeerId, addresses: Iterable[Address]) -> bool:
+        """Have the daemon connected to `peer`, by one of these addresses if it is not yet."""
+        target = ConnectRequest(peer=_peer_bytes(peer), addrs=_encoded(addresses))
+        try:
+            _, _, writer = await self._ask(Request(type=Request.CONNECT, connect=target))
+        except (P2PDaemonError, OSError, EOFError) as error:
+            logger.debug("peer %s cannot be dialled: %s", peer, error)
+            return False
+        writer.close()
+        return True
+
+    async def _open(self, peer: PeerId, addresses: Sequence[Address]) -> Libp2pStream:
+        if addresses:
+            try:
+                async with asyncio.timeout(DIAL_TIMEOUT):
+                    await self._connect(peer, addresses)
+            except TimeoutError:
+                logger.debug("peer %s does not answer at its addresses", peer)
+        target = StreamOpenRequest(peer=_peer_bytes(peer), proto=[PROTOCOL])
+        request = Request(type=Request.STREAM_OPEN, streamOpen=target)
+        for _ in range(ROUTING_ATTEMPTS):
+            try:
+                _, reader, writer = await self._ask(request)
+            except P2PDaemonError as error:
+                if _NO_ROUTING_YET not in str(error):
+                    raise
+                await asyncio.sleep(ROUTING_PERIOD)
+            else:
+                return Libp2pStream(peer, reader, writer, self._streams)
+        raise P2PDaemonError("this peer knows no other peer")
+
+    async def _ask(self, request: Request) -> tuple[Response, asyncio.StreamReader, asyncio.StreamWriter]:
+        """The daemon's answer, and the connection to it, which an opened stream goes on using.
+
+        hivemind's own calls leave that connection open when they fail or are cancelled.
+        """
+        reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
+        response = Response()
+        try:
+            await write_pbmsg(writer, request)
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+        except BaseException:
+            writer.close()
+            raise
+        return response, reader, writer
+
+    async def _on_stream(
+        self, source: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        stream = Libp2pStream(PeerId(source.peer_id.to_base58()), reader, writer, self._streams)
+        if self._inbound is None or self._failure is not None:
+            stream.close()
+        else:
+            self._inbound.accept(stream)
+
+    async def _watch_daemon(self) -> None:
+        code = await self._daemon.wait()
+        self._failure = TransportError(
+            f"The libp2p daemon of this peer died (exit code {code}).",
+            "Start this peer again; if it keeps happening, look for lack of memory or open files.",
+        )
+        self._has_failed.set()
+        self._close_streams()
+
+    def _close_streams(self) -> None:
+        for stream in list(self._streams):
+            stream.close()
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    @asynccontextmanager
+    async def _daemon_calls(self) -> AsyncIterator[None]:
+        """Turn what goes wrong between this process and its daemon into a `TransportError`."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                yield
+        except (P2PDaemonError, OSError, EOFError, TimeoutError) as error:
+            self._check_usable()
+            raise _mute_daemon() from error
+
+
+def _daemon_options(
+    host_maddrs: Sequence[str],
+    announced: Sequence[str],
+    peers: Sequence[Address],
+    routes_for_others: bool,
+    nat_port_map: bool,
+    relay: bool,
+) -> list[str]:
+    options = [
+        "-dhtServer=1" if routes_for_others else "-dhtClient=1",
+        "-connManager=1",
+        f"-natPortMap={int(nat_port_map)}",
+        f"-autonat={int(relay)}",
+        f"-relay={int(relay)}",
+        f"-autoRelay={int(relay and bool(peers))}",
+        f"-hostAddrs={','.join(host_maddrs)}" if host_maddrs else "-noListenAddrs=1",
+    ]
+    if announced:
+        options.append(f"-announceAddrs={','.join(announced)}")
+    if relay and peers:
+        options.append(f"-trustedRelays={','.join(map(str, peers))}")
+    return options
+
+
+def _peer_bytes(peer: PeerId) -> bytes:
+    return PeerID.from_base58(peer).to_bytes()
+
+
+def _encoded(addresses: Iterable[Address]) -> list[bytes]:
+    """The addresses in the daemon's binary form; what hivemind cannot encode is left out."""
+    encoded = []
+    for address in addresses:
+        try:
+            encoded.append(_encode(address.path))
+        except ValueError as error:
+            logger.debug("address %s cannot be used: %s", address, error)
+    return encoded
+
+
+def _encode(path: str) -> bytes:
+    """hivemind writes a peer id within an address as a CID, which the daemon refuses: write it plainly."""
+    head, *relays = path.split("/p2p/")
+    encoded: bytes = Multiaddr(head).to_bytes()
+    for relay in relays:
+        text, _, rest = relay.partition("/")
+        peer = _peer_bytes(PeerId(text))
+        encoded += _P2P_CODE + bytes([len(peer)]) + peer + Multiaddr(f"/{rest}").to_bytes()
+    return encoded
+
+
+def _texts(addresses: Iterable[Multiaddr]) -> list[str]:
+    """The addresses that hivemind can spell; the daemon may know of transports that it does not."""
+    texts = []
+    for address in addresses:
+        try:
+            texts.append(str(address))
+        except ValueError as error:
+            logger.debug("an address of this peer cannot be written: %s", error)
+    return texts
+
+
+def _mute_daemon() -> TransportError:
+    return TransportError("The libp2p daemon of this peer does not answer.", "Start this peer again.")
+
+
+def _unreachable(peer: PeerId, reason: str) -> PeerUnreachable:
+    logger.debug("no stream to peer %s: %s", peer, reason)
+    if "protocols not supported" in reason:
+        return PeerUnreachable(
+            f"Peer {peer} does not speak {PROTOCOL}.", "It may run another version, or serve nothing."
+        )
+    return PeerUnreachable(f"Peer {peer} cannot be reached.", "It may have left, or be behind a firewall.")

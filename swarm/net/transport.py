@@ -1,0 +1,112 @@
+"""What every network must offer: authenticated peers and ordered, framed streams between them.
+
+Two implementations exist: `libp2p` over hivemind's daemon, and `memory` inside one process for tests
+and simulation. A frame is a short header (a packed message) and a body (raw tensor bytes); what they
+mean is not known here.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import NewType, Protocol, Self, TypeAlias
+
+from swarm.errors import SwarmError
+
+PeerId = NewType("PeerId", str)
+"""The base58 text of a libp2p peer id. An Ed25519 peer id contains its public key."""
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+PROTOCOL = "/swarm/inference/1.0.0"
+MAX_HEADER_BYTES = 64 * 1024
+MAX_BODY_BYTES = 256 * 1024 * 1024
+
+
+class TransportError(SwarmError):
+    """This peer's own network failed: the daemon died, a port is in use, an address cannot be used."""
+
+
+class PeerUnreachable(SwarmError):
+    """No connection to the peer could be made."""
+
+
+class StreamClosed(SwarmError):
+    """The stream ended: the peer closed it, left, or the connection broke."""
+
+
+class FrameError(SwarmError):
+    """The peer broke a framing rule; the stream is closed and nothing else is touched."""
+
+
+class Stream(Protocol):
+    """An ordered, two-way stream of frames to one authenticated peer."""
+
+    peer: PeerId
+
+    async def send(self, header: Buffer, body: Buffer = b"") -> None:
+        """Send one frame, waiting while the peer is slow to read. The body must not change afterwards.
+
+        Raises:
+            StreamClosed: the stream has ended.
+            ValueError: the frame is larger than any peer would take.
+        """
+        ...
+
+    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
+        """The next frame: header and body. Lengths are checked before anything is allocated.
+
+        Raises:
+            StreamClosed: the stream has ended.
+            FrameError: the frame is malformed or larger than allowed; the stream is closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """End both directions at once; what was sent before still arrives. Safe to call again."""
+        ...
+
+
+OnStream: TypeAlias = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """One peer's access to the network. An async context manager: leaving it closes everything."""
+
+    peer: PeerId
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def addresses(self) -> list[str]:
+        """Multiaddrs, each ending in `/p2p/PEER`, at which others may reach this peer."""
+        ...
+
+    async def listen(self, on_stream: OnStream) -> None:
+        """Call `on_stream` in a task of its own for each stream opened to this peer.
+
+        The stream is closed when `on_stream` returns or raises.
+        """
+        ...
+
+    async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> Stream:
+        """Open a stream to `peer`, dialling `addresses` if there is no connection yet.
+
+        Raises:
+            PeerUnreachable: within `CONNECT_TIMEOUT` seconds no stream could be opened.
+            TransportError: this peer's own network has failed or was closed.
+        """
+        ...
+
+    async def wait_failed(self) -> TransportError:
+        """Return only when this peer's own network has failed for good, with the reason."""
+        ...
+
+    async def close(self) -> None:
+        """Close all streams and stop. Safe to call again."""
+        ...
+
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds within which a stream must be open."""

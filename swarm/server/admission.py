@@ -1,0 +1,112 @@
+"""Whether a message of a peer is admitted: pure decisions over what the peer asks and what this peer has.
+
+Every rule of the protocol that a well-formed message can still break is here. Knows no streams, no
+engine and no time; None means admitted, an `Error` is the answer to give instead.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+
+from swarm.dht.announcement import PeerState
+from swarm.net.messages import ITEM_BYTES, Codec, Dtype, Error, ErrorCode, Open, Step, body_bytes, printable
+from swarm.spans import Span
+
+DRAINING_HINT = "This server is leaving the swarm: use another one."
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a peer may ask for. Times in seconds."""
+
+    sessions_per_peer: int = 32
+    idle: float = 600.0
+    send: float = 60.0
+    retry_after: float = 5.0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What this peer has for a session that is about to open."""
+
+    model_id: str
+    span: Span
+    phase: PeerState
+    loading_seconds: float
+    sessions_of_peer: int
+
+
+@dataclass
+class Terms:
+    """What was agreed on when a session was opened, and how many tokens it holds by now."""
+
+    session_id: str
+    max_tokens: int
+    hidden_size: int
+    dtype: Dtype
+    codec: Codec
+    max_step_tokens: int
+    length: int = field(default=0)
+
+    @property
+    def body_limit(self) -> int:
+        """Bytes that the body of one step may have at most."""
+        tokens = min(self.max_step_tokens, self.max_tokens)
+        scales = 4 * tokens if self.codec == "scaled" else 0
+        return prod((tokens, self.hidden_size, ITEM_BYTES[self.dtype])) + scales
+
+
+def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
+    """Why a session cannot be opened; whether its tokens fit is for the engine to say."""
+    if asked.model_id != offer.model_id:
+        return refusal(
+            "model_mismatch", f"This server serves {offer.model_id}, not {printable(asked.model_id)}."
+        )
+    if (asked.start, asked.end) != offer.span:
+        return refusal(
+            "bad_request", f"This server serves blocks {offer.span}, not {asked.start}:{asked.end}."
+        )
+    if offer.phase == "joining":
+        return refusal("warming_up", "This server is still loading its blocks.", offer.loading_seconds)
+    if offer.phase != "serving":
+        return refusal("draining", DRAINING_HINT)
+    if offer.sessions_of_peer >= limits.sessions_per_peer:
+        message = f"A peer may have {limits.sessions_per_peer} sessions here: close one."
+        return refusal("no_capacity", message, limits.retry_after)
+    return None
+
+
+def refuse_step(step: Step, body: int, terms: Terms | None, phase: PeerState) -> Error | None:
+    """Why a step with a body of `body` bytes cannot be run in the stream's session, `terms`."""
+    if terms is None or step.session_id != terms.session_id:
+        return refusal("unknown_session", "This stream carries no such session: open it first.")
+    if phase != "serving":
+        return refusal("draining", DRAINING_HINT)
+    fault = _fault_of_form(step, body, terms) or _fault_of_place(step, terms)
+    return refusal("bad_request", fault) if fault else None
+
+
+def refusal(code: ErrorCode, message: str, retry_after: float | None = None) -> Error:
+    return Error(code=code, message=message[:1000], retry_after=retry_after)
+
+
+def _fault_of_form(step: Step, body: int, terms: Terms) -> str | None:
+    if step.payload_type != "hidden_states" or step.response_type != "hidden_states":
+        return "This server takes and gives hidden states only: embed and apply the head on the client."
+    if len(step.shape) != 2 or step.shape[1] != terms.hidden_size:
+        return f"Hidden states have the shape [tokens, {terms.hidden_size}] here, not {list(step.shape)}."
+    if (step.dtype, step.codec) != (terms.dtype, terms.codec):
+        return f"This session agreed on {terms.dtype} {terms.codec}, not {step.dtype} {step.codec}."
+    if body != body_bytes(step):
+        return f"A step of this shape has a body of {body_bytes(step)} bytes, not {body}."
+    return None
+
+
+def _fault_of_place(step: Step, terms: Terms) -> str | None:
+    tokens = step.shape[0]
+    if tokens > terms.max_step_tokens:
+        return f"A step may hold {terms.max_step_tokens} tokens at most, not {tokens}."
+    if step.seq_pos > terms.length:
+        return f"The session holds {terms.length} tokens: position {step.seq_pos} would leave a gap."
+    if step.seq_pos + tokens > terms.max_tokens:
+        return f"The session was opened for {terms.max_tokens} tokens, not {step.seq_pos + tokens}."
+    return None

@@ -1,0 +1,97 @@
+"""What an operator sees of a server: lines for people, or with `--json` one object a line for programs.
+
+Both go to standard output. Knows nothing of how a server works.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+from swarm.cli import OnProgress, Progress, emit
+from swarm.dht.announcement import PeerState
+from swarm.net.transport import PeerId
+from swarm.spans import Span
+
+LOOPBACK = ("/ip4/127.", "/ip6/::1/")
+
+
+class Events(Protocol):
+    """Called in the order in which things happen."""
+
+    def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """The peer can be reached at these multiaddrs."""
+        ...
+
+    def phase(self, phase: PeerState, progress: float) -> None:
+        """The phase, or while joining the loaded fraction, is a new one."""
+        ...
+
+
+class JsonEvents:
+    """One JSON object a line: `listening`, `joining` with progress, `serving`, `draining`, `left`."""
+
+    def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        emit({"event": "listening", "addresses": list(addresses), "peer": peer})
+
+    def phase(self, phase: PeerState, progress: float) -> None:
+        emit({"event": phase, "progress": round(progress, 4)} if phase == "joining" else {"event": phase})
+
+
+class TextEvents:
+    """Lines for people: how others join, then a bar for the loading, then each phase."""
+
+    def __init__(self, model: str, span: Span, num_blocks: int, *, is_first: bool):
+        self._model = model
+        self._span = span
+        self._num_blocks = num_blocks
+        self._is_first = is_first
+        self._display = ExitStack()
+        self._on_progress: OnProgress | None = None
+
+    def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        _say(f"Peer {peer} serves blocks {self._span} of the {self._num_blocks} of {self._model}.")
+        _say("Addresses to join by:")
+        for address in addresses:
+            _say(f"  {address}")
+        if self._is_first and addresses:
+            self._say_how_to_join(best_address(addresses))
+
+    def phase(self, phase: PeerState, progress: float) -> None:
+        if phase != "joining":
+            self._display.close()
+            _say(PHASES[phase])
+            return
+        if self._on_progress is None:
+            bars = self._display.enter_context(Progress())
+            self._on_progress = bars.stage(f"Loading blocks {self._span}")
+        self._on_progress(progress)
+
+    def _say_how_to_join(self, address: str) -> None:
+        blocks = next_span(self._span, self._num_blocks)
+        _say("This is a new swarm. Add a server to it:")
+        _say(f"  python -m swarm.server --model {self._model} --blocks {blocks} --initial-peers {address}")
+        _say("Talk to the model:")
+        _say(f"  python -m swarm.client chat --model {self._model} --initial-peers {address}")
+
+
+PHASES: dict[PeerState, str] = {
+    "serving": "Serving. Ctrl-C leaves the swarm.",
+    "draining": "Leaving: running steps may end. Ctrl-C again ends at once.",
+    "left": "Left the swarm.",
+}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def best_address(addresses: Sequence[str]) -> str:
+    """The address to tell others: the first one that leads here from another machine too, if any does."""
+    return next((address for address in addresses if not address.startswith(LOOPBACK)), addresses[0])
+
+
+def next_span(span: Span, num_blocks: int) -> Span:
+    """The blocks that a swarm of one server lacks most: those after `span`, else before it, else the same."""
+    if span.end < num_blocks:
+        return Span(span.end, num_blocks)
+    return Span(0, span.start) if span.start else span

@@ -1,0 +1,179 @@
+"""One server's life in the swarm, in order: listen, be listed, fill the cell, serve, drain, leave.
+
+Owns what this peer says of itself. Network, records and engine come from outside, real or in-memory;
+how they are started is `startup`'s business, what people see of it all is `events`'.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from swarm.dht.announcement import MAX_ADDRESSES, Announcement, ModelEntry
+from swarm.dht.announcer import PERIOD, Announcer
+from swarm.dht.directory import Directory
+from swarm.dht.store import RecordStore
+from swarm.errors import SwarmError
+from swarm.net.identity import Identity
+from swarm.net.transport import Transport
+from swarm.server.admission import Limits
+from swarm.server.cell import Load, ShardCell
+from swarm.server.events import Events
+from swarm.server.sessions import Sessions
+from swarm.spans import Span
+from swarm.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_PERIOD = 10.0
+FRESHEN_PERIOD = 3.0
+"""Seconds between two looks at whether the free KV memory or the neighbours still are as announced."""
+
+ANNOUNCE_TIMEOUT = 2.0
+DRAIN_TIMEOUT = 4.0
+"""Seconds that leaving may take to announce it, and then to let running steps end; see `stopping`."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a server is to serve: blocks `span` of `model`, once `load` has loaded them."""
+
+    model: ModelEntry
+    hidden_size: int
+    span: Span
+    load: Load
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Network:
+    """This peer's ways to others: who it is, its streams, its records."""
+
+    identity: Identity
+    transport: Transport
+    store: RecordStore
+
+
+class Server:
+    """Serves one shard. `run` is its whole life; `stop` set ends it politely."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        network: Network,
+        events: Events,
+        *,
+        name: str = "",
+        limits: Limits | None = None,
+        period: float = PERIOD,
+    ):
+        self.cell = ShardCell(shard.span, shard.load, self._on_cell_change)
+        self.sessions = Sessions(shard.model.model_id, shard.hidden_size, self.cell, limits)
+        self._shard = shard
+        self._network = network
+        self._events = events
+        self._name = name
+        self._addresses: tuple[str, ...] = ()
+        self._announced: Announcement | None = None
+        self._announcer = Announcer(network.store, network.identity, shard.model, period)
+        self._directory = Directory(
+            network.store,
+            network.transport,
+            shard.model.model_id,
+            shard.model.num_blocks,
+            span=shard.span,
+            period=DIRECTORY_PERIOD,
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then leave; whatever ends it, the announcement is withdrawn.
+
+        Raises:
+            SwarmError: this peer could not be listed.
+            ExceptionGroup: of a SwarmError, the shard could not be loaded or the network failed.
+        """
+        await self._network.transport.listen(self.sessions.on_stream)
+        self._addresses = tuple(await self._network.transport.addresses())[:MAX_ADDRESSES]
+        self._events.listening(self._network.identity.peer, self._addresses)
+        try:
+            await self._announcer.publish(self.announcement())
+            self._events.phase(self.cell.phase, self.cell.progress)
+            await self._serve(stop)
+        finally:
+            await self._leave()
+
+    def announcement(self) -> Announcement:
+        """What this peer says of itself now."""
+        cell, shard = self.cell, self._shard
+        self._announced = Announcement(
+            peer=self._network.identity.peer,
+            model_id=shard.model.model_id,
+            start=shard.span.start,
+            end=shard.span.end,
+            state=cell.phase,
+            progress=cell.progress,
+            throughput=cell.throughput,
+            kv_tokens_left=cell.engine.kv_tokens_left if cell.engine else 0,
+            queue=cell.engine.queue if cell.engine else 0,
+            dtype=cell.engine.precision.name if cell.engine else shard.dtype,
+            name=self._name,
+            version=VERSION,
+            addresses=self._addresses,
+            rtts=self._directory.next_rtts(shard.span),
+        )
+        return self._announced
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(work, name=name)
+                for name, work in (
+                    ("announce", self._announcer.run(self.announcement)),
+                    ("fill the cell", self.cell.fill()),
+                    ("look around", self._look_around()),
+                    ("watch the network", self._watch_network()),
+                )
+            ]
+            await stop.wait()
+            for task in background:
+                task.cancel()
+
+    async def _look_around(self) -> None:
+        """Keep the directory fresh, and announce anew when what others plan by has changed."""
+        async with self._directory:
+            while True:
+                await asyncio.sleep(FRESHEN_PERIOD)
+                before = self._announced
+                if before is None or self._is_outdated(before):
+                    self._announcer.changed()
+
+    def _is_outdated(self, announced: Announcement) -> bool:
+        kv_tokens_left = self.cell.engine.kv_tokens_left if self.cell.engine else 0
+        neighbours = self._directory.next_rtts(self._shard.span)
+        return announced.kv_tokens_left != kv_tokens_left or announced.rtts.keys() != neighbours.keys()
+
+    async def _watch_network(self) -> None:
+        raise await self._network.transport.wait_failed()
+
+    async def _leave(self) -> None:
+        """Drain, withdraw the announcement, empty the cell. Bounded in time."""
+        try:
+            if self.cell.phase == "serving":
+                self.cell.move("draining")
+                await asyncio.gather(self._announce_draining(), self.sessions.drain(DRAIN_TIMEOUT))
+            await self._announcer.withdraw()
+            self.cell.move("left")
+        finally:
+            self.cell.close()
+
+    async def _announce_draining(self) -> None:
+        try:
+            async with asyncio.timeout(ANNOUNCE_TIMEOUT):
+                await self._announcer.publish(self.announcement())
+        except (SwarmError, TimeoutError) as error:
+            logger.warning(
+                "peer %s could not announce that it leaves: %r", self._network.identity.peer, error
+            )
+
+    def _on_cell_change(self) -> None:
+        self._announcer.changed()
+        self._events.phase(self.cell.phase, self.cell.progress)

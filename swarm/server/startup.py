@@ -1,0 +1,166 @@
+"""Starting a server: its model, its network and its engine, each from the room that owns it.
+
+Only here, and late, what is heavy is imported: a server must be listed within seconds of its start, and
+torch's models take longer than that. Imports run in threads, beside the work that does not need them.
+"""
+
+import asyncio
+import importlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
+
+from swarm.blocks.models import Model, resolve
+from swarm.cli import Progress
+from swarm.dht.announcement import ModelEntry
+from swarm.errors import SwarmError
+from swarm.net.identity import Identity
+from swarm.server.cell import OnProgress, SpanEngine
+from swarm.server.config import ServerConfig
+from swarm.server.events import Events, JsonEvents, TextEvents
+from swarm.server.server import Network, Server, Shard
+from swarm.server.stopping import Stopping, unless
+from swarm.spans import Span
+
+FETCH_SHARE = 0.5
+"""The part of loading's progress that downloading counts for, where there is something to download."""
+
+
+async def serve(config: ServerConfig, stopping: Stopping, *, as_json: bool) -> None:
+    """Be a server until asked to stop.
+
+    Raises:
+        InputError: the model, the blocks, the identity or an address cannot be used.
+        SwarmError: the swarm cannot be reached, or this peer's network failed. Both may come in groups.
+    """
+    async with AsyncExitStack() as stack:
+        start = _start(config, stack, as_json=as_json)
+        server = await unless(stopping.asked, start)
+        if server is not None:
+            await server.run(stopping.asked)
+    stopping.has_left = True
+
+
+async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) -> Server:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_import_network(), name="import the network")
+        finding = tasks.create_task(_find_model(config, quiet=as_json), name="find the model")
+    model, span = finding.result()
+    network = await stack.enter_async_context(_join(config))
+    shard = Shard(_entry(model), model.hidden_size, span, partial(_load, config, model, span), config.dtype)
+    return Server(shard, network, _events(config, model, span, as_json=as_json), name=config.public_name)
+
+
+async def _find_model(config: ServerConfig, *, quiet: bool) -> tuple[Model, Span]:
+    """The model and the blocks of it to serve.
+
+    Raises:
+        InputError: the model cannot be found or used, or does not have these blocks.
+    """
+    with Progress(quiet=quiet) as progress:
+        model = await asyncio.to_thread(resolve, config.model, on_progress=_bars(progress))
+    span = config.blocks or Span(0, model.num_blocks)
+    model.check_span(span)
+    return model, span
+
+
+def _bars(progress: Progress) -> Callable[[str, float], None]:
+    """A bar for each stage of finding a model, made when it begins."""
+    bars: dict[str, OnProgress] = {}
+
+    def on_progress(stage: str, fraction: float) -> None:
+        if stage not in bars:
+            bars[stage] = progress.stage(f"{stage.capitalize()} the model")
+        bars[stage](fraction)
+
+    return on_progress
+
+
+async def _import_network() -> tuple[Any, Any]:
+    libp2p = await asyncio.to_thread(importlib.import_module, "swarm.net.libp2p")
+    kademlia = await asyncio.to_thread(importlib.import_module, "swarm.dht.kademlia")
+    return libp2p, kademlia
+
+
+@asynccontextmanager
+async def _join(config: ServerConfig) -> AsyncIterator[Network]:
+    libp2p, kademlia = await _import_network()
+    if config.identity is None:
+        identity = Identity.generate()
+    else:
+        identity = await asyncio.to_thread(Identity.load_or_create, config.identity)
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(config.timeout):
+                transport = await stack.enter_async_context(
+                    await libp2p.Libp2pTransport.start(
+                        identity,
+                        initial_peers=config.initial_peers,
+                        host_maddrs=config.host_maddrs,
+                        announce_maddrs=config.announce_maddrs,
+                    )
+                )
+                store = await stack.enter_async_context(
+                    await kademlia.KademliaStore.start(transport, config.initial_peers)
+                )
+        except TimeoutError as error:
+            raise SwarmError(
+                f"The swarm was not reached within {config.timeout:g} seconds.",
+                "Check the initial peers, or give more time with --timeout.",
+            ) from error
+        yield Network(identity, transport, store)
+
+
+async def _load(config: ServerConfig, model: Model, span: Span, on_progress: OnProgress) -> SpanEngine:
+    """Fetch the files that hold the span, and fill an engine from them.
+
+    Raises:
+        InputError: the files cannot be had or used, or the device cannot.
+        SwarmError: the shard does not fit into memory.
+    """
+    fetched = 0.0
+
+    def on_fetch(stage: str, fraction: float) -> None:
+        nonlocal fetched
+        fetched = FETCH_SHARE
+        on_progress(fraction * FETCH_SHARE)
+
+    await asyncio.to_thread(model.ensure_files, span, False, on_fetch)
+    blocks = await asyncio.to_thread(importlib.import_module, "swarm.blocks.engine")
+    wanted = blocks.EngineConfig(
+        dtype=config.dtype, device=config.device, kv_tokens=config.kv_tokens, threads=config.threads
+    )
+    try:
+        engine: SpanEngine = await blocks.Engine.load(
+            model, span, wanted, lambda fraction: on_progress(fetched + fraction * (1 - fetched))
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SwarmError(
+            f"Blocks {span} of {model.name} do not fit into this machine's memory.",
+            "Serve fewer blocks, or use a smaller --dtype.",
+        ) from error
+    return engine
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch tells of full memory by a RuntimeError, with one of two texts."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+
+
+def _entry(model: Model) -> ModelEntry:
+    return ModelEntry(
+        model_id=model.model_id,
+        name=model.name[:100],
+        num_blocks=model.num_blocks,
+        fingerprint=model.fingerprint,
+    )
+
+
+def _events(config: ServerConfig, model: Model, span: Span, *, as_json: bool) -> Events:
+    if as_json:
+        return JsonEvents()
+    return TextEvents(config.model, span, model.num_blocks, is_first=not config.initial_peers)

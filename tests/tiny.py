@@ -1,0 +1,95 @@
+"""Tiny real models of each family, random weights, saved as checkpoints the way transformers saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": True},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+    "Qwen3": {},
+    "Mistral": {"sliding_window": 9},
+    "Gemma2": {"sliding_window": 9, "query_pre_attn_scalar": 8, "final_logit_softcapping": 20.0},
+    "Gemma3": {"sliding_window": 9, "query_pre_attn_scalar": 8, "sliding_window_pattern": 3},
+    "Phi3": {"sliding_window": 9},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
+    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "Olmo2": {},
+    "Glm4": {},
+    "SmolLM3": {"no_rope_layer_interval": 2},
+    "Cohere2": {"sliding_window": 9, "sliding_window_pattern": 3},
+}
+CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig"}
+MODEL_NAMES = {"Gemma3": "Gemma3ForCausalLM"}
+
+
+def tiny_model(family: str, seed: int = 0) -> Any:
+    """A causal language model of `family` in float32, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, CONFIG_NAMES.get(family, f"{family}Config"))(
+        **{**COMMON, **SPECIAL[family]}
+    )
+    config._attn_implementation = "eager"
+    return getattr(transformers, MODEL_NAMES.get(family, f"{family}ForCausalLM"))(config).eval()
+
+
+def tiny_checkpoint(folder: Path, family: str = "Llama", *, shard_size: str = "5GB", seed: int = 0) -> Any:
+    """Save a tiny model with a tokenizer of single bytes below `folder`; returns the model."""
+    model = tiny_model(family, seed)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def tiny_tokenizer() -> Any:
+    """One token a printable ASCII character, with a plain chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate(specials + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    return fast
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """What `transformers.generate` continues `prompt` with, greedily, `count` tokens, past any end token."""
+    ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+    return out[0, len(prompt) :].tolist()

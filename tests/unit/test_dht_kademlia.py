@@ -1,0 +1,236 @@
+"""The Kademlia store: three real nodes on loopback, one of which may be made to lie; and one client."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import pytest_asyncio
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage
+from hivemind.utils.timed_storage import ValueWithExpiration
+
+from swarm.dht import kademlia
+from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, announcement_from, block_key
+from swarm.dht.announcer import Announcer
+from swarm.dht.kademlia import KademliaStore, _BoundedStorage
+from swarm.dht.records import MAX_LIFETIME, SignedRecord, sign
+from swarm.dht.store import StoreUnreachable
+from swarm.errors import InputError
+from swarm.net.identity import Identity
+from swarm.net.libp2p import Libp2pTransport
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MODEL = ModelEntry(model_id="m", name="tiny", num_blocks=6, fingerprint="f")
+LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+
+
+class Peer(SimpleNamespace):
+    identity: Identity
+    transport: Libp2pTransport
+    store: KademliaStore
+
+    def record(self, key: str, body: bytes = b"", lifetime: float = 60.0) -> SignedRecord:
+        return sign(self.identity, key, body, self.store.now() + lifetime)
+
+
+async def join(stack: AsyncExitStack, addresses: list[str], *, is_client: bool = False) -> Peer:
+    identity = Identity.generate()
+    transport = await Libp2pTransport.start(identity, addresses, () if is_client else LOOPBACK)
+    await stack.enter_async_context(transport)
+    store = await KademliaStore.start(transport, addresses, client_mode=is_client)
+    await stack.enter_async_context(store)
+    return Peer(identity=identity, transport=transport, store=store)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def swarm() -> AsyncIterator[list[Peer]]:
+    """Two servers, a liar and a client."""
+    async with AsyncExitStack() as stack:
+        first = await join(stack, [])
+        addresses = await first.transport.addresses()
+        others = [await join(stack, addresses) for _ in range(2)]
+        yield [first, *others, await join(stack, addresses, is_client=True)]
+
+
+async def stored_by(asking: Peer, asked: Peer, record: SignedRecord, **changes: object) -> list[bool]:
+    """What `asked` answers when `asking` calls it to store `record`, past all checks of its own."""
+    call: dict[str, object] = {
+        "keys": [DHTID.generate(source=record.key)],
+        "values": [msgspec.msgpack.encode(record.pack())],
+        "expiration_time": [record.expires_at],
+        "subkeys": [record.peer],
+    }
+    peer = asked.store._node.peer_id
+    answer = await asking.store._node.protocol.call_store(peer, **(call | changes))
+    return list(answer)
+
+
+async def test_everybody_reads_what_each_announced(swarm: list[Peer]) -> None:
+    for number, peer in enumerate(swarm[:3]):
+        said = Announcement(
+            peer=peer.identity.peer, model_id="m", start=2 * number, end=2 * number + 2, state="serving"
+        )
+        assert await Announcer(peer.store, peer.identity, MODEL).publish(said) == 3
+    for reader in swarm:
+        found = await reader.store.get([MODELS_KEY, *(block_key("m", block) for block in range(7))])
+        assert [len(records) for records in found.values()] == [3, 1, 1, 1, 1, 1, 1, 0]
+        assert announcement_from(found["m.5"][0]).peer == swarm[2].identity.peer
+        assert not reader.store.dropped
+
+
+async def test_withdrawing_replaces_the_announcement_everywhere(swarm: list[Peer]) -> None:
+    first, second, _, client = swarm
+    announcer = Announcer(second.store, second.identity, MODEL)
+    await announcer.publish(
+        Announcement(peer=second.identity.peer, model_id="w", start=0, end=1, state="serving")
+    )
+    await announcer.withdraw()
+    for reader in (first, client):
+        [record] = (await reader.store.get(["w.0"]))["w.0"]
+        assert announcement_from(record).state == "left"
+
+
+async def test_only_what_expires_later_replaces(swarm: list[Peer]) -> None:
+    first, second, _, client = swarm
+    old, new = first.record("order", b"old", 30), first.record("order", b"new", 40)
+    assert await first.store.put([new]) == 1
+    assert await first.store.put([old]) == 0
+    assert await stored_by(client, second, old) == [False]
+    assert [record.body for record in (await client.store.get(["order"]))["order"]] == [b"new"]
+
+
+@pytest.mark.parametrize("forgets", ["node", "reader"])
+async def test_records_expire(swarm: list[Peer], monkeypatch: pytest.MonkeyPatch, forgets: str) -> None:
+    first, _, _, client = swarm
+    record = first.record("short")
+    await first.store.put([record])
+    assert (await client.store.get(["short"]))["short"] == [record]
+    if forgets == "node":
+        monkeypatch.setattr("hivemind.utils.timed_storage.get_dht_time", lambda: record.expires_at + 1)
+    else:
+        monkeypatch.setattr(client.store, "now", lambda: record.expires_at)
+    assert (await client.store.get(["short"]))["short"] == []
+
+
+async def test_nodes_refuse_what_its_peer_did_not_sign(swarm: list[Peer]) -> None:
+    first, _, liar, _ = swarm
+    mine = liar.record("m.0")
+    forged = msgspec.structs.replace(mine, peer=first.identity.peer)
+    before = sum(first.store.dropped.values())
+    assert await stored_by(liar, first, forged) == [False]
+    assert await stored_by(liar, first, mine, subkeys=[first.identity.peer]) == [False]
+    assert await stored_by(liar, first, mine, keys=[DHTID.generate(source="m.1")]) == [False]
+    assert await stored_by(liar, first, mine, expiration_time=[mine.expires_at + 1]) == [False]
+    assert await stored_by(liar, first, mine, subkeys=None) == [False], "a value that belongs to nobody"
+    assert await stored_by(liar, first, mine, values=[b"\xc1"]) == [False]
+    assert await stored_by(liar, first, mine, values=[mine.pack()]) == [False]
+    assert await stored_by(liar, first, liar.record("m.0", lifetime=MAX_LIFETIME + 60)) == [False]
+    assert sum(first.store.dropped.values()) == before + 8
+    assert await stored_by(liar, first, mine) == [True]
+
+
+@pytest.mark.parametrize("lie", ["forged", "hidden", "malformed"])
+async def test_a_lying_node_can_neither_forge_nor_hide_for_readers(swarm: list[Peer], lie: str) -> None:
+    first, _, liar, client = swarm
+    true, key_id = first.record(lie, b"true"), DHTID.generate(source=lie)
+    assert await first.store.put([true]) == 1
+    said = liar.record(lie, b"false", 600)
+    if lie == "forged":
+        said = msgspec.structs.replace(said, peer=first.identity.peer)
+    lies = DHTLocalStorage()
+    lies.store_subkey(key_id, said.peer, msgspec.msgpack.encode(said.pack()), said.expires_at)
+    if lie == "malformed":
+        entries = lies.get(key_id).value
+        entries.maxsize, entries.frozen = "a word", True
+    if lie == "hidden":
+        lies.data[key_id] = ValueWithExpiration(lies.get(key_id).value, math.inf)
+    protocol = liar.store._node.protocol
+    kept, protocol.storage = protocol.storage, lies
+    try:
+        found = (await client.store.get([lie]))[lie]
+    finally:
+        protocol.storage = kept
+    assert true in found
+    assert [record.peer for record in found if record != true] == (
+        [] if lie == "forged" else [liar.identity.peer]
+    )
+    if lie == "forged":
+        assert client.store.dropped["bad_signature"] > 0
+
+
+async def test_nobody_can_hide_others_behind_a_cached_record(swarm: list[Peer]) -> None:
+    first, _, liar, client = swarm
+    assert await first.store.put([first.record("hidden")]) == 1
+    for peer in swarm[:3]:
+        await stored_by(client, peer, liar.record("hidden", lifetime=MAX_LIFETIME), in_cache=True)
+    assert first.identity.peer in {record.peer for record in (await client.store.get(["hidden"]))["hidden"]}
+
+
+async def test_a_node_keeps_only_so_much() -> None:
+    storage = _BoundedStorage(2)
+    key, later = DHTID.generate(source="k"), kademlia.time.time() + 60
+    assert storage.store_subkey(key, "a", b"1", later)
+    assert storage.store_subkey(key, "b", b"1", later)
+    assert not storage.store_subkey(key, "c", b"1", later + 9), "full"
+    assert not storage.store_subkey(DHTID.generate(source="other"), "a", b"1", later)
+    assert storage.store_subkey(key, "a", b"2", later + 1), "what it keeps may still be renewed"
+    assert not storage.store(key, b"regular", later)
+    assert not _BoundedStorage(0).store_subkey(key, "a", b"1", later)
+
+
+async def test_replaying_an_old_record_does_not_shorten_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = _BoundedStorage(9)
+    key, now = DHTID.generate(source="k"), kademlia.time.time()
+    assert storage.store_subkey(key, "a", b"new", now + 60)
+    assert not storage.store_subkey(key, "a", b"old", now + 30)
+    monkeypatch.setattr("hivemind.utils.timed_storage.get_dht_time", lambda: now + 40)
+    held = storage.get(key)
+    assert held is not None
+    assert held.value.get("a").value == b"new"
+
+
+async def test_what_is_handed_out_is_a_copy() -> None:
+    storage = _BoundedStorage(9)
+    key, later = DHTID.generate(source="k"), kademlia.time.time() + 60
+    storage.store_subkey(key, "a", b"1", later)
+    held = storage.get(key)
+    assert held is not None
+    held.value.store("b", b"2", later)
+    again = storage.get(key)
+    assert again is not None
+    assert [subkey for subkey, _ in again.value.items()] == ["a"]
+
+
+async def test_addresses_are_checked(swarm: list[Peer]) -> None:
+    with pytest.raises(InputError):
+        await KademliaStore.start(swarm[0].transport, ["/ip4/127.0.0.1/tcp/1"])
+
+
+async def test_without_anybody_left_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kademlia, "JOIN_TIMEOUT", 0.0)
+    async with AsyncExitStack() as stack:
+        first = await join(stack, [])
+        addresses = await first.transport.addresses()
+        client = await join(stack, addresses, is_client=True)
+        assert await client.store.get(["k"]) == {"k": []}
+        await first.store.close()
+        await first.transport.close()
+        for _ in range(2):
+            with pytest.raises(StoreUnreachable):
+                await client.store.get(["k"])
+        with pytest.raises(StoreUnreachable):
+            await KademliaStore.start(client.transport, addresses, client_mode=True)
+
+
+async def test_closing_after_the_daemon_died_is_quiet() -> None:
+    async with AsyncExitStack() as stack:
+        peer = await join(stack, [])
+        peer.transport._daemon._process.kill()
+        async with asyncio.timeout(5):
+            await peer.transport.wait_failed()
+            await peer.store.close()

@@ -1,0 +1,312 @@
+"""The real network: daemons on loopback. One event loop and two peers serve most of the tests."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+
+import pytest
+import pytest_asyncio
+
+from swarm.errors import InputError
+from swarm.net import daemon
+from swarm.net.calls import MessageStream, ping
+from swarm.net.identity import Identity
+from swarm.net.libp2p import Libp2pTransport
+from swarm.net.messages import Pong
+from swarm.net.transport import FrameError, PeerUnreachable, StreamClosed, TransportError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+NOBODY = Identity.from_seed("nobody").peer
+
+
+class Server:
+    """A listening peer whose streams the test at hand serves."""
+
+    def __init__(self, transport: Libp2pTransport):
+        self.transport = transport
+        self.on_stream = echo
+
+    async def serve(self, stream):
+        await self.on_stream(stream)
+
+
+async def echo(stream):
+    while True:
+        await stream.send(*await stream.receive())
+
+
+async def start(initial_peers=(), host_maddrs=LOOPBACK, identity=None) -> Libp2pTransport:
+    return await Libp2pTransport.start(identity or Identity.generate(), initial_peers, host_maddrs)
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def module_server():
+    async with await start() as transport:
+        server = Server(transport)
+        await transport.listen(server.serve)
+        yield server
+
+
+@pytest.fixture
+def server(module_server):
+    module_server.on_stream = echo
+    return module_server
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def client(module_server):
+    """A peer that listens nowhere and knows the server from the start."""
+    async with await start(await module_server.transport.addresses(), host_maddrs=()) as transport:
+        yield transport
+
+
+async def test_peers_are_authenticated_by_the_keys_that_sign(server, client):
+    seen = asyncio.get_running_loop().create_future()
+
+    async def on_stream(stream):
+        seen.set_result(stream.peer)
+
+    server.on_stream = on_stream
+    stream = await client.open_stream(server.transport.peer)
+    assert stream.peer == server.transport.peer
+    assert await seen == client.peer == client.identity.peer
+    assert str(client.p2p.peer_id) == client.peer
+
+
+async def test_frames_of_all_sizes(server, client):
+    stream = await client.open_stream(server.transport.peer)
+    for size in (0, 1, 65_536, 65_537, 4 * 2**20):
+        body = os.urandom(size)
+        await stream.send(b"header", body)
+        assert await stream.receive() == (b"header", body)
+
+
+async def test_senders_of_one_stream_do_not_mix(server, client):
+    stream = await client.open_stream(server.transport.peer)
+    bodies = [bytes([n]) * 100_000 for n in range(10)]
+    async with asyncio.TaskGroup() as tasks:
+        for body in bodies:
+            tasks.create_task(stream.send(b"header", body))
+        got = [bytes((await stream.receive())[1]) for _ in bodies]
+    assert sorted(got) == bodies
+
+
+async def test_a_close_is_noticed_and_nothing_sent_before_is_lost(server, client):
+    got, ended = [], asyncio.Event()
+
+    async def on_stream(stream):
+        try:
+            while True:
+                got.append(len((await stream.receive())[1]))
+        except StreamClosed:
+            ended.set()
+
+    server.on_stream = on_stream
+    stream = await client.open_stream(server.transport.peer)
+    for size in (1, 5_000_000, 2):
+        await stream.send(b"header", bytes(size))
+    stream.close()
+    stream.close()
+    async with asyncio.timeout(5):
+        await ended.wait()
+    assert got == [1, 5_000_000, 2]
+    for use in (stream.receive, lambda: stream.send(b"x")):
+        with pytest.raises(StreamClosed):
+            await use()
+
+
+async def test_a_frame_too_large_closes_its_stream_and_no_other(server, client):
+    async def on_stream(stream):
+        while True:
+            await stream.receive(max_body=10)
+            await stream.send(b"taken")
+
+    server.on_stream = on_stream
+    good, bad = [await client.open_stream(server.transport.peer) for _ in range(2)]
+    for _ in range(2):
+        await bad.send(b"x", bytes(11))
+    with pytest.raises(StreamClosed):
+        await bad.receive()
+    await good.send(b"x", bytes(10))
+    assert await good.receive() == (b"taken", b"")
+
+
+async def test_a_receive_cancelled_within_a_frame_closes_the_stream(server, client):
+    async def on_stream(stream):
+        stream._writer.write(b"\x05\0\0\0\0\0\0\0he")
+        await asyncio.sleep(5)
+
+    server.on_stream = on_stream
+    stream = await client.open_stream(server.transport.peer)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await stream.receive()
+    with pytest.raises(StreamClosed):
+        await stream.receive()
+
+
+async def test_a_receive_cancelled_between_frames_loses_nothing(server, client):
+    stream = await client.open_stream(server.transport.peer)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await stream.receive()
+    await stream.send(b"x", b"y")
+    assert await stream.receive() == (b"x", b"y")
+
+
+async def test_random_bytes_harm_nobody(server, client, caplog):
+    async def on_stream(stream):
+        messages = MessageStream(stream)
+        while True:
+            question, _ = await messages.receive(max_body=100)
+            await messages.send(Pong(nonce=question.nonce))
+
+    server.on_stream = on_stream
+    with caplog.at_level(logging.ERROR):
+        for _ in range(50):
+            stream = await client.open_stream(server.transport.peer)
+            stream._writer.write(os.urandom(100))
+            with pytest.raises((StreamClosed, FrameError)):
+                await stream.receive()
+        assert await ping(MessageStream(await client.open_stream(server.transport.peer))) < 1
+    assert not caplog.records
+
+
+async def test_a_third_peer_is_found_by_routing_and_by_address(server, client):
+    async with await start(await server.transport.addresses()) as third:
+        await third.listen(echo)
+        stream = await client.open_stream(third.peer)
+        await stream.send(b"by routing")
+        assert (await stream.receive())[0] == b"by routing"
+    async with await start() as stranger:
+        await stranger.listen(echo)
+        stream = await client.open_stream(stranger.peer, ["nonsense", *await stranger.addresses()])
+        await stream.send(b"by address")
+        assert (await stream.receive())[0] == b"by address"
+
+
+async def test_who_cannot_be_reached_costs_no_connection(server, client):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        for peer in (NOBODY, "nonsense", client.peer):
+            with pytest.raises(PeerUnreachable, match="cannot be reached"):
+                await client.open_stream(peer, [f"/ip4/127.0.0.1/tcp/1/p2p/{peer}"])
+    with pytest.raises(PeerUnreachable, match="does not speak /swarm/inference"):
+        await server.transport.open_stream(client.peer)
+    await asyncio.sleep(0)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_a_dial_that_is_cancelled_leaves_no_stream(server, client):
+    opened = 0
+    for delay in (0, 0.0002, 0.0005, 0.001, 0.002):
+        dialling = asyncio.create_task(client.open_stream(server.transport.peer))
+        await asyncio.sleep(delay)
+        if not dialling.cancel():
+            opened += 1
+            dialling.result().close()
+    async with asyncio.timeout(5):
+        while server.transport._streams:
+            await asyncio.sleep(0.01)
+    assert not client._streams
+
+
+async def test_a_dead_daemon_is_noticed(server):
+    victim = await start(await server.transport.addresses())
+    stream = await victim.open_stream(server.transport.peer)
+    await stream.send(b"x")
+    await stream.receive()
+    os.kill(victim._daemon._process.pid, signal.SIGKILL)
+    async with asyncio.timeout(2):
+        with pytest.raises(StreamClosed):
+            await stream.receive()
+        failure = await victim.wait_failed()
+    assert "daemon of this peer died (exit code -9)" in failure.message
+    assert failure.hint
+    for use in (victim.addresses, lambda: victim.open_stream(server.transport.peer)):
+        with pytest.raises(TransportError):
+            await use()
+    await victim.close()
+    await victim.close()
+    with pytest.raises(PeerUnreachable):
+        await server.transport.open_stream(victim.peer)
+
+
+async def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port}: address already in use"):
+            await start(host_maddrs=[f"/ip4/127.0.0.1/tcp/{port}"])
+
+
+async def test_a_port_of_another_peer(server):
+    (address,) = await server.transport.addresses()
+    with pytest.raises(InputError, match="address already in use"):
+        await start(host_maddrs=[address.partition("/p2p/")[0]])
+
+
+@pytest.mark.parametrize("address", ["/ip4/192.0.2.1/tcp/0", "/ip4/192.0.2.1/udp/0/quic-v1"])
+async def test_an_address_of_another_machine(address):
+    with pytest.raises(InputError, match=r"Cannot listen on 192\.0\.2\.1"):
+        await start(host_maddrs=[address])
+
+
+async def test_initial_peers_that_do_not_answer(server):
+    silent = [f"/ip4/127.0.0.1/tcp/{port}/p2p/{NOBODY}" for port in (1, 2)]
+    with pytest.raises(PeerUnreachable, match="initial peer /ip4/127.0.0.1/tcp/1/p2p/12D3") as raised:
+        await start(silent[:1])
+    assert raised.value.hint
+    with pytest.raises(PeerUnreachable, match="None of the initial peers"):
+        await start(silent)
+    (address,) = await server.transport.addresses()
+    with pytest.raises(PeerUnreachable):  # the right place, but not the peer that was asked for
+        await start([address.replace(server.transport.peer, NOBODY)])
+    async with await start([*silent, address]) as joined:
+        assert (await joined.open_stream(server.transport.peer)).peer == server.transport.peer
+
+
+async def test_a_peer_is_no_initial_peer_of_itself():
+    identity = Identity.generate()
+    async with await start([f"/ip4/127.0.0.1/tcp/1/p2p/{identity.peer}"], identity=identity) as transport:
+        assert transport.peer == identity.peer
+
+
+@pytest.mark.parametrize("address", ["foo", "/ip4/127.0.0.1/tcp/1", "/ip4/1.2.3/tcp/1/p2p/" + NOBODY])
+async def test_malformed_initial_peers(address):
+    with pytest.raises(InputError, match="is not the address of a peer"):
+        await start([address])
+
+
+async def test_a_daemon_that_cannot_start(monkeypatch):
+    with pytest.raises(TransportError, match=r"did not start: .*flag provided but not defined"):
+        await daemon.Daemon.start(Identity.generate(), ["-nonsense=1"])
+    monkeypatch.setattr(daemon.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TransportError, match="is missing from the hivemind package"):
+        await start()
+
+
+async def test_closing_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon.tempfile, "tempdir", str(tmp_path))
+    before = asyncio.all_tasks()
+    transport = await start()
+    folder = transport._daemon._folder
+    assert folder.parent == tmp_path
+    assert os.listdir(folder) == ["control.sock"]
+    process = transport._daemon._process
+    assert os.getsid(process.pid) != os.getsid(0)
+    await transport.close()
+    assert process.returncode is not None
+    assert not os.listdir(tmp_path)
+    assert asyncio.all_tasks() == before
+
+
+def test_hivemind_leaves_logging_alone():
+    assert logging.getLevelName(logging.WARNING) == "WARNING"
+    assert not logging.getLogger("hivemind").handlers
+    assert logging.getLogger("hivemind").propagate

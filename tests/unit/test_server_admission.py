@@ -1,0 +1,120 @@
+"""Admission: each rule of the protocol that a well-formed message can break."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from msgspec.structs import replace as changed
+
+from swarm.net.messages import Open, Step
+from swarm.server.admission import Limits, Offer, Terms, refuse_open, refuse_step
+from swarm.spans import Span
+
+SESSION = "0" * 32
+OPEN = Open(session_id=SESSION, model_id="m", start=2, end=4, max_tokens=10)
+OFFER = Offer(model_id="m", span=Span(2, 4), phase="serving", loading_seconds=3.0, sessions_of_peer=0)
+LIMITS = Limits(sessions_per_peer=2)
+TERMS = Terms(
+    session_id=SESSION,
+    max_tokens=10,
+    hidden_size=3,
+    dtype="float32",
+    codec="raw",
+    max_step_tokens=4,
+    length=8,
+)
+STEP = Step(
+    session_id=SESSION,
+    seq_pos=8,
+    payload_type="hidden_states",
+    response_type="hidden_states",
+    shape=(2, 3),
+    dtype="float32",
+)
+
+
+def test_what_fits_is_admitted() -> None:
+    assert refuse_open(OPEN, OFFER, LIMITS) is None
+    assert refuse_step(STEP, 24, TERMS, "serving") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "offer", "code", "retry_after"),
+    [
+        ({"model_id": "other"}, {}, "model_mismatch", None),
+        ({"start": 0}, {}, "bad_request", None),
+        ({"end": 5}, {}, "bad_request", None),
+        ({"start": 4}, {}, "bad_request", None),
+        ({"start": 3, "end": 3}, {}, "bad_request", None),
+        ({}, {"phase": "joining"}, "warming_up", 3.0),
+        ({}, {"phase": "draining"}, "draining", None),
+        ({}, {"phase": "left"}, "draining", None),
+        ({}, {"sessions_of_peer": 2}, "no_capacity", LIMITS.retry_after),
+        ({"model_id": "other"}, {"phase": "joining"}, "model_mismatch", None),
+    ],
+)
+def test_opening_is_refused(
+    asked: dict[str, object], offer: dict[str, object], code: str, retry_after: float | None
+) -> None:
+    error = refuse_open(changed(OPEN, **asked), replace(OFFER, **offer), LIMITS)  # type: ignore[arg-type]
+    assert error is not None
+    assert (error.code, error.retry_after) == (code, retry_after)
+
+
+@pytest.mark.parametrize(
+    ("step", "body", "code", "says"),
+    [
+        ({"session_id": "1" * 32}, 24, "unknown_session", "no such session"),
+        ({"payload_type": "token_ids"}, 24, "bad_request", "hidden states only"),
+        ({"response_type": "logits"}, 24, "bad_request", "hidden states only"),
+        ({"response_type": "token_ids"}, 24, "bad_request", "hidden states only"),
+        ({"shape": (6,)}, 24, "bad_request", r"\[tokens, 3\]"),
+        ({"shape": (2, 4)}, 32, "bad_request", r"\[tokens, 3\]"),
+        ({"dtype": "float16"}, 12, "bad_request", "agreed on float32 raw"),
+        ({"codec": "scaled"}, 32, "bad_request", "agreed on float32 raw"),
+        ({}, 23, "bad_request", "24 bytes, not 23"),
+        ({}, 0, "bad_request", "24 bytes, not 0"),
+        ({"shape": (5, 3), "seq_pos": 0}, 60, "bad_request", "4 tokens at most"),
+        ({"shape": (2**31, 3), "seq_pos": 0}, 12 * 2**31, "bad_request", "4 tokens at most"),
+        ({"seq_pos": 9}, 24, "bad_request", "leave a gap"),
+        ({"shape": (3, 3)}, 36, "bad_request", "opened for 10 tokens, not 11"),
+    ],
+)
+def test_a_step_is_refused(step: dict[str, object], body: int, code: str, says: str) -> None:
+    error = refuse_step(changed(STEP, **step), body, TERMS, "serving")
+    assert error is not None
+    assert error.code == code
+    assert re.search(says, error.message)
+
+
+def test_a_step_without_a_session_or_while_leaving_is_refused() -> None:
+    unknown = refuse_step(STEP, 24, None, "serving")
+    leaving = refuse_step(STEP, 24, TERMS, "draining")
+    assert unknown is not None
+    assert leaving is not None
+    assert (unknown.code, leaving.code) == ("unknown_session", "draining")
+
+
+def test_a_rollback_is_admitted() -> None:
+    assert refuse_step(changed(STEP, seq_pos=0), 24, TERMS, "serving") is None
+
+
+@pytest.mark.parametrize(
+    ("terms", "limit"),
+    [
+        ({}, 4 * 3 * 4),
+        ({"max_tokens": 2}, 2 * 3 * 4),
+        ({"dtype": "float16", "codec": "scaled"}, 4 * 3 * 2 + 4 * 4),
+    ],
+)
+def test_the_body_limit_is_what_one_step_of_the_session_can_hold(
+    terms: dict[str, object], limit: int
+) -> None:
+    assert replace(TERMS, **terms).body_limit == limit  # type: ignore[arg-type]
+
+
+def test_a_long_name_of_a_peer_does_not_make_an_error_too_long() -> None:
+    error = refuse_open(changed(OPEN, model_id="\x1b" * 128), replace(OFFER, model_id="m" * 128), LIMITS)
+    assert error is not None
+    assert len(error.message) <= 1000
+    assert error.message.isprintable()

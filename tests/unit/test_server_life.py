@@ -1,0 +1,291 @@
+"""A server's whole life: in-process network, records in memory, a fake engine, a virtual clock."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from swarm.dht.announcement import Announcement, ModelEntry, PeerState
+from swarm.dht.directory import list_models, list_peers
+from swarm.dht.memory import MemoryStore
+from swarm.dht.store import StoreUnreachable
+from swarm.errors import InputError, SwarmError
+from swarm.net import messages
+from swarm.net.calls import MessageStream
+from swarm.net.memory import MemoryNetwork
+from swarm.net.transport import PeerId, TransportError
+from swarm.net.virtual_time import VirtualTimeLoop, VirtualTimePolicy
+from swarm.net.wire import Link
+from swarm.server.cell import OnProgress
+from swarm.server.server import DRAIN_TIMEOUT, Network, Server, Shard
+from swarm.server.stopping import unless
+from swarm.spans import Span
+from tests.fake_engine import FakeEngine
+
+FIRST = Span(0, 3)
+MODEL = ModelEntry(model_id="m", name="tiny", num_blocks=6, fingerprint="f")
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> VirtualTimePolicy:
+    return VirtualTimePolicy()
+
+
+@dataclass
+class Recorded:
+    """Implements `Events`."""
+
+    seen: list[Any] = field(default_factory=list)
+
+    def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        self.seen.append(("listening", tuple(addresses)))
+
+    def phase(self, phase: PeerState, progress: float) -> None:
+        self.seen.append((phase, progress))
+
+
+class World:
+    """A network and its records, servers in it, and somebody who looks at them."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        self.network = MemoryNetwork(default_link=Link(latency=0.01))
+        self.store = MemoryStore(loop.now)
+        self.engines: dict[str, FakeEngine] = {}
+
+    def server(self, name: str, span: Span = FIRST, load: Any = None) -> "Life":
+        engine = self.engines[name] = FakeEngine()
+
+        async def slowly(on_progress: OnProgress) -> FakeEngine:
+            for fraction in (0.5, 1.0):
+                await asyncio.sleep(5)
+                on_progress(fraction)
+            return engine
+
+        return Life(self, name, Shard(MODEL, 3, span, load or slowly))
+
+    async def listed(self) -> list[Announcement]:
+        return await list_peers(self.store, MODEL)
+
+    async def states(self) -> list[PeerState]:
+        return [announcement.state for announcement in await self.listed()]
+
+
+class Life:
+    """One server while it runs."""
+
+    def __init__(self, world: World, name: str, shard: Shard):
+        self.transport = world.network.transport(name)
+        self.store = world.store.another()
+        self.events = Recorded()
+        self.stop = asyncio.Event()
+        network = Network(self.transport.identity, self.transport, self.store)
+        self.server = Server(shard, network, self.events, name=name)
+
+    async def __aenter__(self) -> "Life":
+        self.task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def leave(self) -> None:
+        self.stop.set()
+        await self.task
+
+    async def _run(self) -> None:
+        async with self.transport:
+            await self.server.run(self.stop)
+
+
+async def opened(world: World, life: Life, client: str = "client") -> MessageStream:
+    transport = world.network.transport(client)
+    stream = MessageStream(await transport.open_stream(life.transport.peer))
+    asked = messages.Open(session_id="1" * 32, model_id="m", start=0, end=3, max_tokens=20)
+    await stream.call(asked, timeout=5)
+    return stream
+
+
+def step() -> messages.Step:
+    return messages.Step(
+        session_id="1" * 32,
+        seq_pos=0,
+        payload_type="hidden_states",
+        response_type="hidden_states",
+        shape=(1, 3),
+        dtype="float32",
+    )
+
+
+async def test_a_life_in_order() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(0.1)
+        (joining,) = await world.listed()
+        assert (joining.state, joining.progress, joining.span) == ("joining", 0.0, Span(0, 3))
+        assert joining.name == "alice"
+        assert joining.addresses == tuple(await life.transport.addresses())
+        await asyncio.sleep(6)
+        (joining,) = await world.listed()
+        assert (joining.state, joining.progress) == ("joining", 0.5)
+        await asyncio.sleep(5)
+        (serving,) = await world.listed()
+        assert (serving.state, serving.dtype, serving.kv_tokens_left) == ("serving", "float16", 1000)
+        assert serving.throughput.decode == 100.0
+        assert await list_models(world.store) == [MODEL]
+        await life.leave()
+        assert await world.states() == []
+        assert [name for name, _ in life.events.seen] == [
+            "listening",
+            *["joining"] * 3,
+            "serving",
+            "draining",
+            "left",
+        ]
+        assert world.engines["alice"].is_closed
+
+
+async def test_it_stays_listed_for_hours_and_tells_of_free_memory() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        client = await opened(world, life)
+        await asyncio.sleep(4)
+        assert [peer.kv_tokens_left for peer in await world.listed()] == [980]
+        client.close()
+        await asyncio.sleep(7200)
+        assert [peer.kv_tokens_left for peer in await world.listed()] == [1000]
+
+
+async def test_it_announces_the_round_trips_to_holders_of_the_next_block() -> None:
+    world = World()
+    world.network.set_link("alice", "bob", latency=0.05)
+    async with world.server("alice", Span(0, 3)) as alice, world.server("bob", Span(2, 6)) as bob:
+        async with world.server("carol", Span(4, 6)):
+            await asyncio.sleep(40)
+            by_name = {peer.name: peer for peer in await world.listed()}
+            assert by_name["alice"].rtts == {bob.transport.peer: pytest.approx(0.1)}
+            assert by_name["bob"].rtts == {}
+        assert alice.server.cell.phase == "serving"
+
+
+async def test_leaving_lets_the_running_step_end_in_time() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        client = await opened(world, life)
+        world.engines["alice"].seconds = 2.0
+        running = asyncio.create_task(client.call(step(), bytes(12), timeout=10, max_body=100))
+        await asyncio.sleep(0.5)
+        life.stop.set()
+        await asyncio.sleep(0.5)
+        assert await world.states() == ["draining"]
+        answer, _ = await running
+        assert isinstance(answer, messages.Result)
+        await life.task
+        assert await world.states() == []
+
+
+async def test_leaving_waits_neither_for_a_long_step_nor_for_unreachable_records() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        client = await opened(world, life)
+        world.engines["alice"].seconds = 1000.0
+        running = asyncio.create_task(client.call(step(), bytes(12), timeout=1e4))
+        await asyncio.sleep(0.5)
+        life.store.reachable = False
+        started = asyncio.get_running_loop().time()
+        await life.leave()
+        assert asyncio.get_running_loop().time() - started <= DRAIN_TIMEOUT + 0.1
+        assert (await asyncio.gather(running, return_exceptions=True))[0] is not None
+
+
+async def test_leaving_while_loading() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(6)
+        await life.leave()
+        assert await world.states() == []
+        assert [name for name, _ in life.events.seen] == ["listening", "joining", "joining", "left"]
+
+
+async def test_a_shard_that_cannot_be_loaded_is_withdrawn() -> None:
+    async def fail(on_progress: OnProgress) -> FakeEngine:
+        await asyncio.sleep(1)
+        raise InputError("The file is cut short.")
+
+    world = World()
+    async with world.server("alice", load=fail) as life:
+        await asyncio.sleep(0.5)
+        assert await world.states() == ["joining"]
+        assert isinstance((await caught(life.task)), InputError)
+        assert await world.states() == []
+
+
+async def test_a_network_that_fails_ends_the_server_with_its_reason() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        world.network.kill("alice")
+        assert isinstance(await caught(life.task), TransportError)
+        assert world.engines["alice"].is_closed
+
+
+async def test_a_server_that_cannot_be_listed_ends() -> None:
+    world = World()
+    life = world.server("alice")
+    life.store.reachable = False
+    async with life:
+        assert isinstance(await caught(life.task), StoreUnreachable)
+
+
+async def test_records_that_cannot_be_written_for_a_while_do_not_end_it() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        life.store.reachable = False
+        await asyncio.sleep(100)
+        assert await world.states() == []
+        life.store.reachable = True
+        await asyncio.sleep(10)
+        assert await world.states() == ["serving"]
+
+
+@pytest.mark.parametrize("at", [0.0, 0.05, 3.0, 11.0, 13.0])
+async def test_being_cancelled_at_any_time_withdraws(at: float) -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(at)
+        life.task.cancel()
+        await asyncio.gather(life.task, return_exceptions=True)
+        assert await world.states() == []
+
+
+async def test_unless_gives_the_result_the_error_or_nothing() -> None:
+    asked = asyncio.Event()
+
+    async def after(seconds: float, end: Callable[[], Awaitable[int]] | None = None) -> int:
+        await asyncio.sleep(seconds)
+        if end:
+            raise InputError("no")
+        return 7
+
+    assert await unless(asked, after(1)) == 7
+    with pytest.raises(InputError):
+        await unless(asked, after(1, asyncio.sleep))  # type: ignore[arg-type]
+    asyncio.get_running_loop().call_later(1, asked.set)
+    assert await unless(asked, after(1e6)) is None
+
+
+async def caught(task: "asyncio.Task[None]") -> BaseException:
+    """The one error that ended `task`."""
+    (error,) = await asyncio.gather(task, return_exceptions=True)
+    while isinstance(error, BaseExceptionGroup):
+        (error,) = error.exceptions
+    assert isinstance(error, SwarmError)
+    return error
