@@ -31,7 +31,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: one sequence, [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
+    """transformers' interface: one sequence, [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
     out = attend(
         query[0], key[0], value[0], scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
     )
@@ -75,6 +75,14 @@ def span_model(config: PreTrainedConfig, span: Span, dtype: torch.dtype) -> Any:
     model.norm = nn.Identity()
     _make_rotary(model, config)
     return model.eval()
+
+
+def part_of(model: Any, span: Span) -> Any:
+    """A span's model that runs only its blocks `span`, counted from the model's first; shares all tensors."""
+    part = copy.copy(model)
+    part._modules = {**model._modules, "layers": nn.ModuleList(list(model.layers)[span.start : span.end])}
+    part.config = _cut(model.config, span)
+    return part
 
 
 def ends_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

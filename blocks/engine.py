@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -17,11 +18,12 @@ import psutil
 import torch
 from torch import Tensor
 
+from swarm.blocks.architecture import part_of
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.kv import SessionKV
 from swarm.blocks.models import Model
 from swarm.blocks.precision import Precision, choose_device, choose_precision
-from swarm.blocks.shard import load_span
+from swarm.blocks.shard import load_span, stored_dtype
 from swarm.errors import InputError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.spans import Span
@@ -32,13 +34,16 @@ MAX_STEP_TOKENS = 2048
 MAX_STEP_BYTES = 64 * 2**20
 MAX_KV_TOKENS = 2**18
 KV_MEMORY_FRACTION = 0.25
+MAX_PARTS = 64
+"""Sub-spans whose models are kept; they share the tensors of the whole."""
+
 RETRY_AFTER = 5.0
 """Seconds after which a full server may have room again."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`kv_tokens`: tokens all sessions together may hold, None for what memory allows; `threads`: None for torch's."""
+    """`kv_tokens`: what all sessions together may hold, None by memory; `threads`: None for torch's."""
 
     dtype: str = "auto"
     device: str = "auto"
@@ -80,6 +85,7 @@ class Engine:
         self.max_step_tokens = max(1, min(MAX_STEP_TOKENS, step_tokens))
         self.queue = 0
         self._sessions: dict[str, SessionKV] = {}
+        self._part = lru_cache(MAX_PARTS)(partial(part_of, module))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     @classmethod
@@ -100,8 +106,7 @@ class Engine:
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
             device = choose_device(config.device)
-            stored = model.checkpoint.entry(model.checkpoint.head_tensors()[0]).dtype
-            precision = choose_precision(config.dtype, device, stored)
+            precision = choose_precision(config.dtype, device, stored_dtype(model.checkpoint, span))
             return cls(
                 load_span(model, span, precision, device, on_progress),
                 span,
@@ -120,13 +125,15 @@ class Engine:
         """Tokens that no session has reserved."""
         return self.kv_tokens - sum(session.capacity for session in self._sessions.values())
 
-    def open_session(self, session_id: str, max_tokens: int) -> None:
-        """Reserve KV memory for `max_tokens`.
+    def open_session(self, session_id: str, span: Span, max_tokens: int) -> None:
+        """Reserve KV memory for `max_tokens` on the blocks `span`, some or all of this engine's.
 
         Raises:
             NoCapacity: they do not fit beside the other sessions, or never will.
-            StepError: the session is open already.
+            StepError: the session is open already, or not all of these blocks are here.
         """
+        if not self.span.covers(span):
+            raise StepError("bad_request", f"This server serves blocks {self.span}, not {span}.")
         if session_id in self._sessions:
             raise StepError("bad_request", "This session is open already.")
         if max_tokens > self.kv_tokens:
@@ -135,7 +142,8 @@ class Engine:
             raise NoCapacity(
                 f"This server has room for {self.kv_tokens_left} more tokens, not {max_tokens}.", RETRY_AFTER
             )
-        self._sessions[session_id] = SessionKV(self.span.size, max_tokens)
+        blocks = Span(span.start - self.span.start, span.end - self.span.start)
+        self._sessions[session_id] = SessionKV(blocks, max_tokens)
 
     def close_session(self, session_id: str) -> None:
         """Free the session's KV memory. Closing an unknown session does nothing."""
@@ -225,11 +233,11 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, session: SessionKV, seq_pos: int, hidden: Tensor) -> Tensor:
-        """Hidden states [tokens, hidden] through the span; a step that fails leaves the session at `seq_pos`."""
+        """Hidden states [tokens, hidden] through the span; a failing step leaves the session at `seq_pos`."""
         session.roll_back(seq_pos)
         positions = torch.arange(seq_pos, seq_pos + hidden.shape[0], device=self._device)
         try:
-            out = self._module(
+            out = self._part(session.blocks)(
                 inputs_embeds=hidden[None].to(self._device, self.precision.dtype),
                 position_ids=positions[None],
                 past_key_values=session,
@@ -241,7 +249,7 @@ class Engine:
         return out.last_hidden_state[0]
 
     def _measure(self, prompt: int = 64, decoded: int = 4) -> tuple[float, float]:
-        session = SessionKV(self.span.size, prompt + decoded)
+        session = SessionKV(Span(0, self.span.size), prompt + decoded)
         hidden = torch.randn(prompt, self._hidden_size, generator=torch.Generator().manual_seed(0))
         self._run(session, 0, hidden)
         prefill = self._seconds(session, 0, hidden)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from swarm.spans import Span
+
 
 class Slab(CacheLayerMixin):
     """Keys and values of one block, [1, kv_heads, capacity, dim] each, filled from the left."""
@@ -54,15 +56,19 @@ class Slab(CacheLayerMixin):
 
 
 class SessionKV(Cache):
-    """The slabs of all blocks of a span; `length` tokens are held of at most `capacity`."""
+    """The slabs of the blocks a session uses, `length` tokens of at most `capacity` in each.
 
-    def __init__(self, num_blocks: int, capacity: int):
-        super().__init__(layers=[Slab(capacity) for _ in range(num_blocks)])
+    `blocks` are numbered as in the span's model; those before them have a place and take no memory.
+    """
+
+    def __init__(self, blocks: Span, capacity: int):
+        super().__init__(layers=[Slab(capacity) for _ in range(blocks.end)])
+        self.blocks = blocks
         self.capacity = capacity
 
     @property
     def length(self) -> int:
-        return self.layers[0].length
+        return self.layers[self.blocks.start].length
 
     def roll_back(self, length: int) -> None:
         """Forget every position from `length` on; a no-op when the session is shorter."""

@@ -5,21 +5,23 @@ from array import array
 from dataclasses import dataclass, field
 
 from swarm.blocks.errors import NoCapacity, StepError
+from swarm.net.messages import Codec, Dtype
+from swarm.spans import Span
 
 
 @dataclass(frozen=True)
 class FakePrecision:
     name: str = "float16"
-    wire_dtype: str = "float32"
-    codec: str = "raw"
+    wire_dtype: Dtype = "float32"
+    codec: Codec = "raw"
 
 
 @dataclass(frozen=True)
 class FakeResult:
     data: memoryview
     shape: tuple[int, ...]
-    dtype: str = "float32"
-    codec: str = "raw"
+    dtype: Dtype = "float32"
+    codec: Codec = "raw"
     queue_ms: float = 1.0
     compute_ms: float = 2.0
 
@@ -42,7 +44,7 @@ class FakeEngine:
     def kv_tokens_left(self) -> int:
         return self.kv_tokens - sum(self.sessions.values())
 
-    def open_session(self, session_id: str, max_tokens: int) -> None:
+    def open_session(self, session_id: str, span: Span, max_tokens: int) -> None:
         if session_id in self.sessions:
             raise StepError("bad_request", "open already")
         if max_tokens > self.kv_tokens_left:

@@ -61,7 +61,7 @@ def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
         return refusal(
             "model_mismatch", f"This server serves {offer.model_id}, not {printable(asked.model_id)}."
         )
-    if (asked.start, asked.end) != offer.span:
+    if asked.start >= asked.end or not offer.span.covers(Span(asked.start, asked.end)):
         return refusal(
             "bad_request", f"This server serves blocks {offer.span}, not {asked.start}:{asked.end}."
         )

@@ -92,8 +92,8 @@ class SpanEngine(Protocol):
     @property
     def queue(self) -> int: ...
 
-    def open_session(self, session_id: str, max_tokens: int) -> None:
-        """Reserve KV memory. Raises NoCapacity, StepError."""
+    def open_session(self, session_id: str, span: Span, max_tokens: int) -> None:
+        """Reserve KV memory for blocks `span` of its own. Raises NoCapacity, StepError."""
         ...
 
     async def step(

@@ -18,6 +18,7 @@ from swarm.net.messages import AnyMessage, Close, Closed, Error, Open, Opened, P
 from swarm.net.transport import Buffer, FrameError, PeerId, Stream, StreamClosed
 from swarm.server.admission import Limits, Offer, Terms, refusal, refuse_open, refuse_step
 from swarm.server.cell import ShardCell, SpanEngine
+from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class Sessions:
         engine = self._cell.engine
         assert engine is not None, "a cell that serves holds an engine"
         try:
-            engine.open_session(asked.session_id, asked.max_tokens)
+            engine.open_session(asked.session_id, Span(asked.start, asked.end), asked.max_tokens)
         except NoCapacity as full:
             return refusal("no_capacity", full.message, full.retry_after)
         except StepError as error:

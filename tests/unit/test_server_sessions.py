@@ -229,7 +229,7 @@ async def test_who_comes_early_is_told_to_wait_and_pings_are_answered() -> None:
         error = await refusal(client, opening())
         assert error.code == "warming_up"
         assert error.retry_after is not None
-        assert await ping(client) == pytest.approx(0.02)
+        assert await ping(client, clock=asyncio.get_running_loop().time) == pytest.approx(0.02)
         await host.cell.fill()
         assert isinstance(await ask(client, opening()), Opened)
 
@@ -269,14 +269,21 @@ async def test_an_idle_session_is_freed() -> None:
             await client.call(stepping(1, 1), values(1), timeout=5)
 
 
-async def test_a_peer_that_does_not_read_its_answers_is_dropped() -> None:
+async def test_a_peer_that_does_not_read_its_answers_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.net.wire.WINDOW_BYTES", 500)
     async with hosting(send=60.0) as host:
         stream = await host.stream()
-        await stream.send(messages.encode(opening(max_tokens=900)))
-        await stream.receive()
-        host.network.partition(["server"], ["client"])
-        await asyncio.sleep(700)
+        await stream.send(messages.encode(opening()))
+        asking = asyncio.create_task(ask_without_reading(stream))
+        with pytest.raises(StreamClosed):
+            await asking
+        assert asyncio.get_running_loop().time() == pytest.approx(60, abs=1)
         assert not host.engine.sessions
+
+
+async def ask_without_reading(stream: Stream) -> None:
+    while True:
+        await stream.send(messages.encode(messages.Ping(nonce=1)))
 
 
 async def test_draining_lets_the_running_step_end_and_takes_no_new_one() -> None:

@@ -14,7 +14,7 @@ from swarm.blocks.models import Model, resolve
 from swarm.errors import InputError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.spans import Span
-from tests.tiny import SPECIAL, greedy, tiny_checkpoint
+from tests.tiny import greedy, tiny_checkpoint
 
 SPANS = (Span(0, 2), Span(2, 3), Span(3, 6))
 PROMPT = [4 + i * 37 % 95 for i in range(20)]
@@ -53,13 +53,13 @@ async def continuation(
     return new
 
 
-@pytest.mark.parametrize("family", SPECIAL)
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss", "Qwen3Moe"])
 async def test_split_spans_continue_as_the_whole_model_does(family, tmp_path):
     reference = tiny_checkpoint(tmp_path, family)
     model = resolve(str(tmp_path))
     servers, head = await engines(model), Head.load(model, "float32")
     for server in servers:
-        server.open_session("s", 128)
+        server.open_session("s", server.span, 128)
     assert await continuation(servers, head, PROMPT, 40) == greedy(reference, PROMPT, 40)
     hidden = await run(servers, head.embed(torch.tensor(PROMPT)), 0)
     with torch.inference_mode():
@@ -71,7 +71,7 @@ async def test_a_session_is_prefilled_in_steps_rolled_back_and_continued(llama):
     model, reference = llama
     servers, head = await engines(model), Head.load(model, "float32")
     for server in servers:
-        server.open_session("s", 64)
+        server.open_session("s", server.span, 64)
     for start, end in ((0, 3), (3, 4), (4, 11)):
         await run(servers, head.embed(torch.tensor(PROMPT[start:end])), start)
     assert await continuation(servers, head, PROMPT, 12, start=11) == greedy(reference, PROMPT, 12)
@@ -86,7 +86,7 @@ async def test_smaller_precisions_stay_close(llama, dtype):
     config = EngineConfig(dtype=dtype, device="cpu", kv_tokens=64)
     servers, head = await engines(model, config), Head.load(model, dtype)
     for server in servers:
-        server.open_session("s", 64)
+        server.open_session("s", server.span, 64)
     logits = head.logits(
         await run(servers, head.embed(torch.tensor(PROMPT)).to(servers[0].precision.dtype), 0)
     )
@@ -101,14 +101,14 @@ async def test_smaller_precisions_stay_close(llama, dtype):
 async def test_sessions_share_the_kv_memory_that_was_granted(llama):
     model, _ = llama
     server = await Engine.load(model, Span(0, 1), EngineConfig(dtype="float32", device="cpu", kv_tokens=100))
-    server.open_session("a", 60)
+    server.open_session("a", server.span, 60)
     with pytest.raises(NoCapacity) as refusal:
-        server.open_session("b", 41)
+        server.open_session("b", server.span, 41)
     assert refusal.value.retry_after
     with pytest.raises(NoCapacity) as refusal:
-        server.open_session("b", 101)
+        server.open_session("b", server.span, 101)
     assert refusal.value.retry_after is None
-    server.open_session("b", 40)
+    server.open_session("b", server.span, 40)
     assert server.kv_tokens_left == 0
     server.close_session("a")
     server.close_session("a")
@@ -118,7 +118,7 @@ async def test_sessions_share_the_kv_memory_that_was_granted(llama):
 async def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(llama):
     model, _ = llama
     server = await Engine.load(model, Span(0, 1), FLOAT32)
-    server.open_session("s", 8)
+    server.open_session("s", server.span, 8)
     good = torch.randn(4, model.hidden_size)
 
     async def step(
@@ -140,6 +140,25 @@ async def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(llama):
             await bad
     assert bytes(await step(0, good)) == before
     assert server.queue == 0
+
+
+async def test_a_session_may_use_a_part_of_the_span(llama):
+    model, reference = llama
+    whole = await Engine.load(model, Span(0, 6), FLOAT32)
+    parts = (Span(0, 2), Span(2, 3), Span(3, 6))
+    head, tokens, position, new = Head.load(model, "float32"), torch.tensor(PROMPT), 0, []
+    for part in parts:
+        whole.open_session(str(part), part, 64)
+    while len(new) < 12:
+        hidden = head.embed(tokens)
+        for part in parts:
+            hidden = await run([whole], hidden, position, str(part))
+        position += len(tokens)
+        tokens = head.logits(hidden[-1:])[0].argmax()[None]
+        new.append(int(tokens))
+    assert new == greedy(reference, PROMPT, 12)
+    with pytest.raises(StepError):
+        (await Engine.load(model, Span(1, 3), FLOAT32)).open_session("s", Span(0, 2), 8)
 
 
 async def test_rates_are_measured_without_taking_sessions_memory(llama):
