@@ -42,7 +42,7 @@ BUSY_AVOIDED = 2.0
 ROUTE_PAUSE = 1.0
 """Seconds between two looks at why there is no route yet."""
 
-RTT_PATIENCE = 1.0
+RTT_PATIENCE = 1.5
 """Seconds that a new client waits at most for the round trips to its servers to be measured."""
 
 CHAT_ROOM = 2048
@@ -58,10 +58,14 @@ OnWaiting: TypeAlias = Callable[[SwarmError], None]
 class ServedModel(Protocol):
     """What must be known of a model here; `swarm.blocks.models.Model` has it."""
 
-    name: str
-    model_id: str
-    num_blocks: int
-    config: dict[str, Any]
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
 
 
 class Swarm:
@@ -159,6 +163,7 @@ class Swarm:
             options,
             is_last=conversation is None,
             on_end=on_end,
+            clock=self._transport.clock,
         )
 
     def conversation(self, room: int = 0) -> Conversation:
@@ -232,7 +237,7 @@ class Swarm:
             raise self._failure
         now = asyncio.get_running_loop().time()
         if isinstance(fault, RemoteFault) and not isinstance(fault, ConnectionLost):
-            logger.warning("avoiding peer %s: it %s", fault.hop.peer, fault.reason)
+            logger.info("avoiding peer %s: it %s", fault.hop.peer, fault.reason)
             self._avoided[fault.hop.peer] = (now + FAULT_AVOIDED, fault.reason)
         elif isinstance(fault, NoCapacity):
             until = now + (fault.retry_after or BUSY_AVOIDED)
@@ -257,8 +262,9 @@ class Swarm:
                     raise
                 reason = error
             if isinstance(reason, NoRoute):
-                self._on_waiting(reason)
-                await self.directory.wait_for(self._may_route, min(ROUTE_PAUSE, deadline - clock()))
+                pause = max(0.0, min(ROUTE_PAUSE, deadline - clock()))
+                if not await self.directory.wait_for(self._may_route, pause):
+                    self._on_waiting(reason)
 
     def _may_route(self) -> bool:
         try:

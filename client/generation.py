@@ -103,6 +103,7 @@ class TextStream:
         *,
         is_last: bool = False,
         on_end: Callable[[Generation], None] = lambda answer: None,
+        clock: Callable[[], float],
     ):
         """`is_last` closes the conversation after this answer; `on_end` is told a finished answer."""
         self.generation: Generation | None = None
@@ -113,6 +114,7 @@ class TextStream:
         self._sampler = Sampler(options.sampling)
         self._is_last = is_last
         self._on_end = on_end
+        self._now = clock
         self._pieces = self._run()
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -144,14 +146,14 @@ class TextStream:
 
     async def _write(self) -> AsyncGenerator[str, None]:
         loop, answer, conversation = asyncio.get_running_loop(), self._answer, self._conversation
-        clock = _Clock(loop.time())
+        clock = _Clock(self._now())
         turn, hidden = await conversation.begin(answer.prompt, answer.options.max_new_tokens)
         session = conversation.session
         assert session is not None
         session.reset_times()
         while answer.finish_reason is None:
             token, embedded = await loop.run_in_executor(self._compute, self._choose, hidden)
-            clock.tick(loop.time())
+            clock.tick(self._now())
             if piece := answer.push(token, conversation.has_room(answer.length + 2)):
                 yield piece
             if answer.finish_reason is None:
@@ -177,7 +179,7 @@ class TextEnds(Ends, Protocol):
 
 @dataclass
 class _Clock:
-    """Times of an answer's tokens, in seconds of the loop's clock."""
+    """Times of an answer's tokens, in seconds."""
 
     started: float
     first: float | None = None

@@ -81,12 +81,13 @@ class _Chunk:
 class _Leg:
     """This session's stream to one hop."""
 
-    def __init__(self, hop: Hop, deadlines: Deadlines):
+    def __init__(self, hop: Hop, deadlines: Deadlines, clock: Callable[[], float]):
         self.hop = hop
         self.prefill = HopTimes()
         self.decode = HopTimes()
         self.opened: Opened
         self._deadlines = deadlines
+        self._clock = clock
         self._session_id = secrets.token_hex(16)
         self._calls: MessageStream | None = None
 
@@ -134,8 +135,7 @@ class _Leg:
             dtype=dtype,
             codec=codec,
         )
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = self._clock()
         assert self._calls is not None
         with blaming(self.hop):
             answer, body = await self._calls.call(
@@ -143,7 +143,7 @@ class _Leg:
             )
         times = self.decode if shape[0] == 1 else self.prefill
         result, hidden = self._checked(answer, body, step)
-        times.add((loop.time() - started) * 1000, result)
+        times.add((self._clock() - started) * 1000, result)
         return _Chunk(chunk.seq_pos, hidden, body, dtype, codec)
 
     def _checked(self, result: AnyMessage, body: memoryview, step: Step) -> tuple[Result, Tensor]:
@@ -216,7 +216,9 @@ class Session:
         Raises:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
         """
-        session = cls(route, [_Leg(hop, deadlines) for hop in route.hops], max_tokens, on_fault)
+        session = cls(
+            route, [_Leg(hop, deadlines, transport.clock) for hop in route.hops], max_tokens, on_fault
+        )
         with session._ending_on_failure():
             await concurrently(*(leg.open(transport, model_id, max_tokens) for leg in session._legs))
         return session

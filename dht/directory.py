@@ -82,6 +82,7 @@ class Directory:
         self._updated = asyncio.Condition()
         self._hurry = asyncio.Event()
         self._waiting = 0
+        self._is_unmeasured = False
         self._tasks = asyncio.TaskGroup()
         self._background: list[asyncio.Task[None]] = []
 
@@ -165,6 +166,7 @@ class Directory:
         self._models = listed_models(found[MODELS_KEY])
         self.dropped += dropped
         self.error = None
+        self._is_unmeasured = True
         await self._notify()
 
     async def measure(self) -> None:
@@ -213,9 +215,11 @@ class Directory:
                 await self._hurry.wait()
 
     async def _measure_forever(self) -> None:
+        """Measure once after each refresh; refreshes that come meanwhile count as one."""
         while True:
             async with self._updated:
-                await self._updated.wait()
+                await self._updated.wait_for(lambda: self._is_unmeasured)
+            self._is_unmeasured = False
             await self.measure()
 
 

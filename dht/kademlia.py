@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 from hivemind.dht.node import DHTNode
@@ -33,10 +33,14 @@ BEAM = 10
 """How many of the nearest peers a search visits for each key."""
 
 RPC_TIMEOUT = 3.0
+SILENT_FOR = 20.0
+"""Seconds for which a peer that did not answer is not asked again: each such question costs `RPC_TIMEOUT`."""
+
 PUT_TIMEOUT = 10.0
 GET_TIMEOUT = 10.0
 JOIN_TIMEOUT = 8.0
 JOIN_PAUSE = 0.5
+CLOSE_TIMEOUT = 1.0
 REJOIN_PERIOD = 30.0
 """Seconds between attempts to reach the initial peers that have been lost."""
 
@@ -75,19 +79,21 @@ class KademliaStore:
             peer for peer in (parse_address(text).peer for text in initial_peers) if peer != transport.peer
         ]
         validator = _OwnRecordsOnly()
-        node = await DHTNode.create(
-            p2p=transport.p2p,
-            num_replicas=REPLICAS,
-            wait_timeout=RPC_TIMEOUT,
-            cache_locally=False,
-            cache_nearest=0,
-            cache_on_store=False,
-            cache_refresh_before_expiry=0,
-            reuse_get_requests=False,
-            backoff_rate=1.0,
-            client_mode=client_mode,
-            record_validator=validator,
-        )
+        async with _within(JOIN_TIMEOUT, "served"):
+            node = await DHTNode.create(
+                p2p=transport.p2p,
+                num_replicas=REPLICAS,
+                wait_timeout=RPC_TIMEOUT,
+                cache_locally=False,
+                cache_nearest=0,
+                cache_on_store=False,
+                cache_refresh_before_expiry=0,
+                reuse_get_requests=False,
+                blacklist_time=SILENT_FOR,
+                backoff_rate=1.0,
+                client_mode=client_mode,
+                record_validator=validator,
+            )
         node.protocol.storage = _BoundedStorage(MAX_STORED_RECORDS)
         node.protocol.cache = _BoundedStorage(0)  # anybody's cached entry would hide what is stored
         store = cls(node, validator, initial, client_mode)
@@ -129,7 +135,9 @@ class KademliaStore:
 
     async def close(self) -> None:
         if self._node.is_alive:
-            await self._node.shutdown()
+            with suppress(TimeoutError):  # a daemon that died leaves its calls unanswered
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._node.shutdown()
 
     async def _find(self, ids: Iterable[DHTID]) -> dict[DHTID, list[bytes]]:
         """The values that this peer and the nearest ones to each id hold under it.
@@ -147,10 +155,11 @@ class KademliaStore:
         calls = [
             self._node.protocol.call_find(peer, some)
             for peer, key_ids in wanted.items()
+            if peer not in self._node.blacklist  # it has just been silent during the search
             for some in _chunks(key_ids, KEYS_PER_CALL)
         ]
         answers = await asyncio.gather(*calls)
-        if calls and not any(answers):
+        if wanted and not any(answers):
             raise StoreUnreachable("None of the peers that hold records answered.", "Check the connection.")
         found: dict[DHTID, list[bytes]] = {
             key_id: _values(self._node.protocol.storage.get(key_id)) for key_id in ids
@@ -187,7 +196,7 @@ class KademliaStore:
                     "Check that one of them is running and that its address is right.",
                 )
             await asyncio.sleep(JOIN_PAUSE)
-        async with _within(JOIN_TIMEOUT, "searched"):
+        async with _within(GET_TIMEOUT, "searched"):
             await self._node.find_nearest_nodes([self._node.node_id])
 
     async def _rejoin(self) -> None:

@@ -84,7 +84,7 @@ class RoundTrips:
                 if stream is None:
                     async with asyncio.timeout(OPEN_TIMEOUT):
                         stream = MessageStream(await self._transport.open_stream(peer, addresses))
-                probe.samples.append(await ping(stream, timeout=PING_TIMEOUT))
+                probe.samples.append(await ping(stream, timeout=PING_TIMEOUT, clock=self._transport.clock))
             except (SwarmError, TimeoutError) as error:
                 if stream is not None:
                     stream.close()

@@ -4,7 +4,8 @@ Knows the messages' types and which answers which; not what a server does with t
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from swarm.errors import SwarmError
@@ -111,16 +112,20 @@ class MessageStream:
             raise
 
 
-async def ping(stream: MessageStream, timeout: float = 5.0, nonce: int = 0) -> float:
-    """The round trip to the peer, in seconds.
+async def ping(
+    stream: MessageStream,
+    timeout: float = 5.0,
+    nonce: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """The round trip to the peer, in seconds of `clock`: the loop's own may be as coarse as a millisecond.
 
     Raises:
         CallTimeout, StreamClosed, FrameError, Refused: as `MessageStream.call`.
     """
-    clock = asyncio.get_running_loop()
-    asked = clock.time()
+    asked = clock()
     await stream.call(messages.Ping(nonce=nonce), timeout=timeout)
-    return clock.time() - asked
+    return clock() - asked
 
 
 def _check_body(message: AnyMessage, body: memoryview) -> None:

@@ -6,6 +6,7 @@ hivemind's client of the daemon and patches nothing. What peers say to each othe
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -106,7 +107,7 @@ class Libp2pStream:
         transport = self._writer.transport
         if transport.get_write_buffer_size():
             transport.close()
-            asyncio.get_running_loop().call_later(LINGER, transport.abort)
+            asyncio.get_running_loop().call_later(LINGER, _abort_if_lingering, transport)
         else:
             transport.abort()
 
@@ -177,6 +178,9 @@ class Libp2pTransport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def clock(self) -> float:
+        return time.perf_counter()
 
     async def addresses(self) -> list[str]:
         self._check_usable()
@@ -330,6 +334,11 @@ class Libp2pTransport:
         except (P2PDaemonError, OSError, EOFError, TimeoutError) as error:
             self._check_usable()
             raise _mute_daemon() from error
+
+
+def _abort_if_lingering(transport: asyncio.WriteTransport) -> None:
+    if transport.get_write_buffer_size():
+        transport.abort()
 
 
 def _daemon_options(

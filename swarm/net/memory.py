@@ -196,6 +196,9 @@ class MemoryTransport:
     def is_listening(self) -> bool:
         return self._inbound is not None
 
+    def clock(self) -> float:
+        return asyncio.get_running_loop().time()
+
     async def addresses(self) -> list[str]:
         return [f"/memory/1/p2p/{self.peer}"]
 

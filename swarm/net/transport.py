@@ -79,6 +79,13 @@ class Transport(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def clock(self) -> float:
+        """Seconds from some moment on, fine enough for this network's round trips.
+
+        An event loop's own clock may be as coarse as a millisecond; a virtual network has a virtual clock.
+        """
+        ...
+
     async def addresses(self) -> list[str]:
         """Multiaddrs, each ending in `/p2p/PEER`, at which others may reach this peer."""
         ...

@@ -212,7 +212,6 @@ async def test_addresses_are_checked(swarm: list[Peer]) -> None:
 
 
 async def test_without_anybody_left_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kademlia, "JOIN_TIMEOUT", 0.0)
     async with AsyncExitStack() as stack:
         first = await join(stack, [])
         addresses = await first.transport.addresses()
@@ -223,14 +222,17 @@ async def test_without_anybody_left_it_says_so(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(2):
             with pytest.raises(StoreUnreachable):
                 await client.store.get(["k"])
+        monkeypatch.setattr(kademlia, "JOIN_TIMEOUT", 0.5)
         with pytest.raises(StoreUnreachable):
             await KademliaStore.start(client.transport, addresses, client_mode=True)
 
 
-async def test_closing_after_the_daemon_died_is_quiet() -> None:
+async def test_closing_after_the_daemon_died_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kademlia, "CLOSE_TIMEOUT", 0.2)
     async with AsyncExitStack() as stack:
         peer = await join(stack, [])
         peer.transport._daemon._process.kill()
         async with asyncio.timeout(5):
             await peer.transport.wait_failed()
+            await peer.store.close()
             await peer.store.close()

@@ -57,8 +57,9 @@ async def pong(stream):
 @in_virtual_time
 async def test_ping_measures_the_round_trip():
     stream = await talk_to(pong, latency=0.035)
-    assert await ping(stream) == pytest.approx(0.07)
-    assert await ping(stream, nonce=99) == pytest.approx(0.07)
+    clock = asyncio.get_running_loop().time
+    assert await ping(stream, clock=clock) == pytest.approx(0.07)
+    assert await ping(stream, nonce=99, clock=clock) == pytest.approx(0.07)
 
 
 @in_virtual_time
@@ -159,9 +160,10 @@ async def test_calls_take_turns_and_who_waits_in_vain_harms_nobody():
         await stream.send(messages.Pong(nonce=question.nonce))
 
     stream = await talk_to(answer_slowly)
-    first = asyncio.create_task(ping(stream, nonce=1))
+    clock = asyncio.get_running_loop().time
+    first = asyncio.create_task(ping(stream, nonce=1, clock=clock))
     await asyncio.sleep(0)
-    second = asyncio.create_task(ping(stream, nonce=2))
+    second = asyncio.create_task(ping(stream, nonce=2, clock=clock))
     with pytest.raises(CallTimeout):
         await ping(stream, timeout=1)
     assert await asyncio.gather(first, second) == [pytest.approx(2), pytest.approx(4)]

@@ -9,12 +9,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from swarm.errors import InputError
 from swarm.net.identity import Identity, is_peer_id, verify
 
-# From the libp2p specification, peer-ids.md, test vectors: the Ed25519 private key, with the id of its public half.
+# The Ed25519 test vector of the libp2p specification, peer-ids.md.
 SPEC_KEY = bytes.fromhex(
     "080112407e0830617c4a7de83925dfb2694556b12936c477a0e1feb2e148ec9da60fee7d"
     "1ed1e8fae2c4a144b8be8fd4b47bf3d3b34b871c3cacf6010f0e42d474fce27e"
 )
-SPEC_PUBLIC = bytes.fromhex("1ed1e8fae2c4a144b8be8fd4b47bf3d3b34b871c3cacf6010f0e42d474fce27e")
 
 
 def test_reads_the_specifications_key(tmp_path):
@@ -57,7 +56,16 @@ def test_signatures():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "12D3KooW", "0OIl", "ü", "1" * 52, "1" * 10_000, "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"],
+    [
+        "",
+        "x",
+        "12D3KooW",
+        "0OIl",
+        "ü",
+        "1" * 52,
+        "1" * 10_000,
+        "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+    ],
 )
 def test_what_is_no_ed25519_peer_id(text):
     assert not is_peer_id(text)

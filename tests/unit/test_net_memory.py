@@ -344,7 +344,9 @@ def test_names_identities_and_peer_ids():
             network.transport(who)
 
 
-@pytest.mark.parametrize("wrong", [{"latency": -1}, {"latency": inf}, {"bandwidth": 0}, {"loss": 1.1}, {"loss": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"latency": -1}, {"latency": inf}, {"bandwidth": 0}, {"loss": 1.1}, {"loss": -1}]
+)
 def test_impossible_links(wrong):
     with pytest.raises(ValueError, match="not a possible link"):
         MemoryNetwork().set_link("a", "b", **wrong)

@@ -129,7 +129,9 @@ async def test_a_body_that_is_announced_but_never_sent_costs_no_memory():
         tracemalloc.stop()
     for reader in readers:
         reader.feed_eof()
-    assert all(isinstance(end, StreamClosed) for end in await asyncio.gather(*reading, return_exceptions=True))
+    assert all(
+        isinstance(end, StreamClosed) for end in await asyncio.gather(*reading, return_exceptions=True)
+    )
     assert peak < 1024 * 1024
 
 
@@ -167,22 +169,23 @@ def malformed(luck: random.Random) -> bytes:
 
 async def test_malformed_frames_give_one_of_two_errors_and_take_no_memory():
     luck = random.Random(2)
+    sentences: list[str] = []
     outcomes = {FrameError: 0, StreamClosed: 0, None: 0}
     tracemalloc.start()
     try:
         for _ in range(2000):
             try:
-                message, body = await read(malformed(luck))
+                message, _ = await read(malformed(luck))
             except (FrameError, StreamClosed) as error:
                 outcomes[type(error)] += 1
-                assert len(error.message) < 1000
-                assert error.message.isprintable()
+                sentences.append(error.message)
             else:
                 outcomes[None] += 1
                 assert type(message) in map(type, ALL)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    assert all(len(sentence) < 500 and sentence.isprintable() for sentence in sentences)
     assert outcomes[FrameError] > 500
     assert outcomes[StreamClosed] > 20
     assert peak < 4 * 1024 * 1024

@@ -1,0 +1,56 @@
+"""What all tests share: one compute thread, no leftover tasks or processes, ports from the system."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: many test processes share few cores
+
+import psutil
+import pytest
+
+LEAVE_TIMEOUT = 5.0
+"""Seconds that processes which were told to end may still be seen for."""
+
+
+class _Complaints(logging.Handler):
+    """Collects what asyncio can only log: lost exceptions, tasks destroyed while they waited."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(
+            f"{record.getMessage()} {record.exc_info[1]!r}" if record.exc_info else record.getMessage()
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_unowned_task() -> Iterator[None]:
+    """Fails a test whose tasks failed or vanished without anybody noticing."""
+    complaints = _Complaints()
+    logger = logging.getLogger("asyncio")
+    logger.addHandler(complaints)
+    yield
+    logger.removeHandler(complaints)
+    assert not complaints.lines, "asyncio complains:\n" + "\n".join(complaints.lines)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fails the run if a process that a test started outlives it."""
+    yield
+    _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=LEAVE_TIMEOUT)
+    commands = [" ".join(process.cmdline()) for process in left if process.is_running()]
+    assert not commands, "left behind:\n" + "\n".join(commands)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on which nobody listens on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
