@@ -292,6 +292,8 @@ class Checkpoint:
 def _read_ahead(
     entries: Sequence[TensorEntry], threads: int, memory_budget: int
 ) -> "Iterator[tuple[str, torch.Tensor]]":
+    import torch
+
     waiting = deque(entries)
     reading: deque[tuple[TensorEntry, Future[torch.Tensor]]] = deque()
     in_flight = 0
@@ -305,7 +307,11 @@ def _read_ahead(
             while waiting and (not in_flight or in_flight + waiting[0].nbytes <= memory_budget):
                 entry = waiting.popleft()
                 in_flight += entry.nbytes
-                reading.append((entry, pool.submit(_read_tensor, descriptors[entry.file], entry, stop)))
+                # Made on this thread: memory from a heap of each reading thread would stay behind unused.
+                buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+                future = pool.submit(_read_tensor, descriptors[entry.file], entry, buffer, stop)
+                reading.append((entry, future))
+                del buffer
             entry, future = reading.popleft()
             yield entry.name, future.result()
             del future
@@ -321,11 +327,13 @@ def _open(files: ExitStack, path: Path) -> int:
         ) from error
 
 
-def _read_tensor(descriptor: int, entry: TensorEntry, stop: threading.Event) -> "torch.Tensor":
+def _read_tensor(
+    descriptor: int, entry: TensorEntry, buffer: "torch.Tensor", stop: threading.Event
+) -> "torch.Tensor":
+    """Fill `buffer` with the bytes of the tensor, and return it as that tensor."""
     import torch
 
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     done = 0
     while done < entry.nbytes and not stop.is_set():
         chunk = view[done : done + READ_CHUNK_BYTES]

@@ -61,19 +61,16 @@ def _lasting(value: Any) -> Any:
 def digests_of(paths: Sequence[Path], cache: Path, on_progress: Callable[[float], None]) -> dict[str, str]:
     """The SHA-256 of each file, by its name; hashed in parallel, remembered in the folder `cache`.
 
-    `on_progress` gets the hashed fraction of the bytes, 0 to 1.
+    `on_progress` gets the fraction of the files that are hashed, 0 to 1.
 
     Raises:
         InputError: a file cannot be read.
     """
-    total = sum(path.stat().st_size for path in paths) or 1
-    done = 0
+    digests: dict[str, str] = {}
     with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="hash-weights") as pool:
-        digests: dict[str, str] = {}
         for path, digest in zip(paths, pool.map(lambda path: file_digest(path, cache), paths), strict=True):
             digests[path.name] = digest
-            done += path.stat().st_size
-            on_progress(done / total)
+            on_progress(len(digests) / len(paths))
     return digests
 
 

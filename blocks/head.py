@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from swarm.blocks.models import Model
 from swarm.blocks.precision import choose_device, choose_precision
-from swarm.blocks.shard import load_ends
+from swarm.blocks.shard import load_ends, stored_dtype
 from swarm.errors import InputError
 
 
@@ -30,9 +30,8 @@ class Head:
             InputError: the weights or the tokenizer are missing or cannot be used.
         """
         model.ensure_files(None, with_head=True)
-        stored = model.checkpoint.entry(model.checkpoint.head_tensors()[0]).dtype
         place = choose_device(device)
-        precision = choose_precision(dtype, place, stored)
+        precision = choose_precision(dtype, place, stored_dtype(model.checkpoint, None))
         return cls(load_ends(model, precision, place), _tokenizer(model), _generation(model), precision.dtype)
 
     @torch.inference_mode()

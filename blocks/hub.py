@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from swarm.blocks.checkpoint import weights_files
 from swarm.blocks.files import exclusive, read_json, write_atomically
@@ -40,9 +40,15 @@ _SMALL_FILE_BYTES = 200 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# An HfHubHTTPError is also an HTTPError of the HTTP library that huggingface_hub is built on, which
-# differs between its versions; that class covers every failure to connect.
-_NO_ANSWER = (OSError, *HfHubHTTPError.__bases__)
+_NO_ANSWER = cast(
+    tuple[type[Exception], ...],
+    (
+        OSError,
+        *HfHubHTTPError.__bases__,  # The error of httpx or httpx2: huggingface_hub builds on either.
+        RuntimeError,  # hf_xet, where it is installed, says so that a download failed.
+        ValueError,  # The answer is not JSON.
+    ),
+)
 
 T = TypeVar("T")
 
@@ -159,7 +165,10 @@ def _blob_digest(path: Path) -> str | None:
 
 def _ask(repository: str, revision: str, timeout: float) -> Snapshot:
     api = HfApi(endpoint=_endpoint())
-    found = api.model_info(repository, revision=revision, timeout=timeout, files_metadata=True)
+    try:
+        found = api.model_info(repository, revision=revision, timeout=timeout, files_metadata=True)
+    except (KeyError, TypeError) as error:
+        raise OSError("its answer lists no files") from error
     siblings = found.siblings or []
     files = {s.rfilename: HubFile(s.size or 0, s.lfs.sha256 if s.lfs else None) for s in siblings}
     if not found.sha or not _COMMIT.fullmatch(found.sha):
@@ -195,7 +204,7 @@ def _translated(work: Callable[[], T], repository: str) -> T:
             f"The hub has no model '{repository}' of that revision, or keeps it private.",
             "Check the spelling, or log in with: hf auth login",
         ) from error
-    except (*_NO_ANSWER, ValueError) as error:
+    except _NO_ANSWER as error:
         reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
         raise HubUnreachable(
             f"The model hub cannot be reached for '{repository}'{reason}.",

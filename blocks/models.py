@@ -13,7 +13,7 @@ from swarm.blocks.checkpoint import Checkpoint
 from swarm.blocks.families import family_of
 from swarm.blocks.files import read_json
 from swarm.blocks.fingerprint import fingerprint
-from swarm.blocks.sources import OnProgress, Source, cache_folder, find_source
+from swarm.blocks.sources import LocalFolder, OnProgress, Source, cache_folder, find_source
 from swarm.errors import InputError
 from swarm.spans import Span
 
@@ -42,6 +42,11 @@ class Model:
     fingerprint: str
     checkpoint: Checkpoint
     source: Source = field(repr=False)
+
+    @property
+    def public_name(self) -> str:
+        """What others may know the model by: of a local folder, not where it lies."""
+        return Path(self.name).resolve().name if isinstance(self.source, LocalFolder) else self.name
 
     @property
     def model_id(self) -> str:

@@ -44,7 +44,7 @@ def choose_device(asked: str) -> torch.device:
     return device
 
 
-def choose_precision(asked: str, device: torch.device, stored: str) -> Precision:
+def choose_precision(asked: str, device: torch.device, stored: torch.dtype) -> Precision:
     """Decide on the precision of a shard on `device` whose checkpoint is stored as `stored`.
 
     `auto` keeps what the checkpoint holds: 16-bit weights stay 16-bit (packed for float32 activations on
@@ -57,11 +57,11 @@ def choose_precision(asked: str, device: torch.device, stored: str) -> Precision
         raise InputError(f"'{asked}' is not a dtype.", f"Use one of {', '.join(CHOICES)}.")
     on_cpu = device.type == "cpu"
     if asked == "auto":
-        is_small = stored in ("BF16", "F16")
+        is_small = stored in (torch.bfloat16, torch.float16)
         if on_cpu:
             asked = "float16" if is_small and can_keep_half() else "float32"
         else:
-            asked = ("float16" if stored == "F16" else "bfloat16") if is_small else "float32"
+            asked = ("float16" if stored == torch.float16 else "bfloat16") if is_small else "float32"
     if asked == "float16" and on_cpu:
         if not can_keep_half():
             raise InputError(

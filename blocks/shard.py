@@ -47,12 +47,11 @@ def load_span(
         InputError: a tensor is missing, of the wrong shape or unreadable, or the config cannot be used.
     """
     names = model.checkpoint.block_tensors(span)
-    stored = _stored_dtype(model.checkpoint, names[span.start])
-    module = span_model(load_config(str(model.path)), span, _placing_dtype(precision, stored))
-    for index, tensors in _blocks(model.checkpoint, span, names):
-        prefix = f"layers.{index}."
-        wanted = {name for name in module.state_dict() if name.startswith(prefix)}
-        _place(module, {prefix + name: tensor for name, tensor in tensors.items()}, device, wanted)
+    dtype = _placing_dtype(precision, stored_dtype(model.checkpoint, span))
+    module = span_model(load_config(str(model.path)), span, dtype)
+    for index, tensors in _blocks(model.checkpoint, span, names, dtype):
+        wanted = {name for name in module.state_dict() if name.startswith(f"layers.{index}.")}
+        _place(module, tensors, device, wanted)
         tensors.clear()
         _make_lean(module.layers[index], precision)
         on_progress((index + 1) / span.size)
@@ -66,11 +65,10 @@ def load_ends(model: Model, precision: Precision, device: torch.device) -> Any:
         InputError: as `load_span`.
     """
     checkpoint = model.checkpoint
-    names = checkpoint.head_tensors()
-    stored = _stored_dtype(checkpoint, names)
-    module = ends_model(load_config(str(model.path)), _placing_dtype(precision, stored))
+    dtype = _placing_dtype(precision, stored_dtype(checkpoint, None))
+    module = ends_model(load_config(str(model.path)), dtype)
     wanted = set(module.state_dict()) - ({"lm_head.weight"} if checkpoint.is_tied else set())
-    _place(module, dict(checkpoint.read(names, threads=READ_THREADS)), device, wanted)
+    _place(module, dict(checkpoint.read(checkpoint.head_tensors(), threads=READ_THREADS)), device, wanted)
     if checkpoint.is_tied:
         module.get_output_embeddings().weight = module.get_input_embeddings().weight
     if precision.linear_dtype is not None:
@@ -93,20 +91,21 @@ def _make_lean(module: nn.Module, precision: Precision) -> None:
 
 
 def _blocks(
-    checkpoint: Checkpoint, span: Span, names: dict[int, list[str]]
+    checkpoint: Checkpoint, span: Span, names: dict[int, list[str]], dtype: torch.dtype
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The tensors of each block of the span in turn, by their names inside the block, read ahead."""
+    """The tensors of each block of the span in turn, by their names in the span's model, read ahead."""
     ordered = [name for block in span.blocks for name in names[block]]
     shard_bytes = sum(checkpoint.entry(name).nbytes for name in ordered)
     budget = min(MAX_IN_FLIGHT, max(1, int(shard_bytes * IN_FLIGHT_FRACTION)))
     stream = checkpoint.read(ordered, threads=READ_THREADS, memory_budget=budget)
     for block in span.blocks:
-        inside = f"{checkpoint.block_prefix}{block}."
+        index, inside = block - span.start, f"{checkpoint.block_prefix}{block}."
         tensors = {}
         for _ in names[block]:
             name, tensor = next(stream)
-            tensors[name.removeprefix(inside)] = tensor
-        yield block - span.start, tensors
+            tensors[f"layers.{index}.{name.removeprefix(inside)}"] = tensor.to(dtype)
+            del tensor
+        yield index, tensors
 
 
 def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted: set[str]) -> None:
@@ -118,9 +117,9 @@ def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted
     )
     with _no_progress_bars():
         loaded, _ = convert_and_load_state_dict_in_model(module, tensors, plan)
-    for name, found, wanted in loaded.mismatched_keys:
+    for name, found, expected in loaded.mismatched_keys:
         raise InputError(
-            f"The tensor '{name}' has shape {list(found)}, but the model's config asks for {list(wanted)}.",
+            f"The tensor '{name}' has shape {list(found)}, but the model's config asks for {list(expected)}.",
             "The config.json and the weights are not of the same model: get both again.",
         )
     for reason in loaded.conversion_errors.values():
@@ -138,8 +137,9 @@ def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted
         logger.warning("the model does not use %s", ", ".join(sorted(loaded.unexpected_keys)))
 
 
-def _stored_dtype(checkpoint: Checkpoint, names: list[str]) -> torch.dtype:
-    """The dtype of the largest tensor: norms may be stored wider than the weights."""
+def stored_dtype(checkpoint: Checkpoint, span: Span | None) -> torch.dtype:
+    """The dtype of the largest tensor of `span`, or of the two ends: norms may be wider than the weights."""
+    names = checkpoint.head_tensors() if span is None else checkpoint.block_tensors(span)[span.start]
     largest = max((checkpoint.entry(name) for name in names), key=lambda entry: entry.nbytes)
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(largest.dtype, torch.float32)
 
