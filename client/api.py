@@ -53,7 +53,7 @@ def connect(
         identity: the file with this peer's key; a new identity each time without one.
         dtype: of embeddings and head on this machine, as for a server.
         on_waiting: called with the reason while there is no route yet.
-        on_progress: called with the fraction of the model's files that are in place.
+        on_progress: called, from any thread, with the stage of finding the model and its done fraction.
 
     Raises:
         InputError: the model or an address cannot be used.

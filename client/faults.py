@@ -39,7 +39,7 @@ class RemoteFault(HopError):
 
 
 class ConnectionLost(RemoteFault):
-    """The stream ended. The peer may be gone, or may have closed what was idle for long: a new one will tell."""
+    """The stream ended: the peer is gone, or closed what was idle for long. A new stream will tell."""
 
 
 class NoCapacity(HopError):

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from swarm.blocks.head import Head
     from swarm.blocks.models import Model
 
-OnProgress = Callable[[float], None]
+OnProgress = Callable[[str, float], None]
+"""Called, from any thread, with the stage that finding and loading the model is in, and its done fraction."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,7 @@ async def join(
         InputError: there is no address to join by, or one that cannot be used.
         SwarmError: none of the initial peers can be reached.
     """
-    if not initial_peers:
-        raise InputError(
-            "There is no peer to join by.",
-            "Give the address that a server prints: --initial-peers ADDRESS, or SWARM_INITIAL_PEERS.",
-        )
+    require_peers(initial_peers)
     libp2p = await _imported("swarm.net.libp2p")
     kademlia = await _imported("swarm.dht.kademlia")
     who = (
@@ -55,11 +52,25 @@ async def join(
         if identity is None
         else await asyncio.to_thread(Identity.load_or_create, identity)
     )
-    transport = await libp2p.Libp2pTransport.start(who, initial_peers=initial_peers)
+    transport = await libp2p.Libp2pTransport.start(
+        who, initial_peers=initial_peers, host_maddrs=(), routes_for_others=False
+    )
     stack.push_async_callback(transport.close)
     store = await kademlia.KademliaStore.start(transport, initial_peers, client_mode=True)
     stack.push_async_callback(store.close)
     return Network(transport, store)
+
+
+def require_peers(initial_peers: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: there is none.
+    """
+    if not initial_peers:
+        raise InputError(
+            "There is no peer to join by.",
+            "Give the address that a server prints: --initial-peers ADDRESS, or SWARM_INITIAL_PEERS.",
+        )
 
 
 async def load_ends(name: str, dtype: str, on_progress: OnProgress | None) -> "tuple[Model, Head]":
@@ -70,11 +81,10 @@ async def load_ends(name: str, dtype: str, on_progress: OnProgress | None) -> "t
     """
     models = await _imported("swarm.blocks.models")
     model = await asyncio.to_thread(partial(models.resolve, name, on_progress=on_progress))
-    heads = await _imported("swarm.blocks.head")
-    head = await asyncio.to_thread(heads.Head.load, model, dtype)
     if on_progress is not None:
-        on_progress(1.0)
-    return model, head
+        await asyncio.to_thread(model.ensure_files, None, True, on_progress)
+    heads = await _imported("swarm.blocks.head")
+    return model, await asyncio.to_thread(heads.Head.load, model, dtype)
 
 
 async def join_with_model(

@@ -4,7 +4,6 @@ import asyncio
 import sys
 import threading
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import TextIO
 
 from prompt_toolkit import PromptSession

@@ -12,7 +12,7 @@ from swarm import cli
 from swarm.client.joining import join
 from swarm.client.peers import PeerReport, report_peers
 
-COLUMNS = ("Peer", "Model", "Blocks", "State", "Blocks/s", "KV tokens left", "Round trip", "Version")
+COLUMNS = ("Peer", "Model", "Blocks", "State", "Blocks/s", "KV left", "RTT", "Version")
 
 
 async def main(args: argparse.Namespace) -> int:
@@ -31,6 +31,8 @@ async def main(args: argparse.Namespace) -> int:
 
 def table(reports: Sequence[PeerReport]) -> Table:
     drawn = Table(*COLUMNS)
+    drawn.columns[0].no_wrap = True
+    drawn.columns[1].overflow = "fold"
     for report in reports:
         drawn.add_row(*(Text(cell) for cell in _cells(report)))
     return drawn

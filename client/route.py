@@ -124,12 +124,11 @@ def find_route(
 def missing_spans(servers: Sequence[Announcement], num_blocks: int) -> list[Span]:
     """The spans of `[0, num_blocks)` that none of `servers` covers."""
     missing, reached = [], 0
-    for start, end in sorted((server.start, server.end) for server in servers):
-        if reached < start < num_blocks:
-            missing.append(Span(reached, start))
+    held = sorted((server.start, server.end) for server in servers)
+    for start, end in [*held, (num_blocks, num_blocks)]:
+        if reached < min(start, num_blocks):
+            missing.append(Span(reached, min(start, num_blocks)))
         reached = max(reached, end)
-    if reached < num_blocks:
-        missing.append(Span(min(reached, num_blocks), num_blocks))
     return missing
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from swarm import cli
+from swarm.client.joining import require_peers
 from swarm.client.options import Options, generation_options
 from swarm.client.route import NoRoute
 from swarm.errors import SwarmError
@@ -24,19 +25,34 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
     Raises:
         SwarmError: see `swarm.client.api.connect`.
     """
+    require_peers(args.initial_peers)
     with cli.Progress(quiet=args.json) as progress:
-        on_progress = progress.stage(f"Loading {args.model}")
+        started = progress.stage("Starting", counted=False)
         api = await asyncio.to_thread(importlib.import_module, "swarm.client.api")
+        started(1.0)
         swarm: Swarm = await api.connect(
             args.initial_peers,
             args.model,
             timeout=args.timeout,
             identity=args.identity,
-            on_progress=on_progress,
+            on_progress=Stages(progress),
             on_waiting=waiting_reporter(quiet=args.json),
         )
     async with swarm:
         yield swarm
+
+
+class Stages:
+    """Shows each stage of finding the model as a bar of its own."""
+
+    def __init__(self, progress: cli.Progress):
+        self._progress = progress
+        self._bars: dict[str, cli.OnProgress] = {}
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.stage(f"{stage.capitalize()} the model")
+        self._bars[stage](fraction)
 
 
 def answer_options(args: argparse.Namespace) -> Options:

@@ -98,7 +98,7 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
 
 @lru_cache(maxsize=4)
 def _bias(tokens: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[tokens, length]: 0 where the query sees the position, -inf elsewhere. Shared by the blocks of a step."""
+    """[tokens, length]: 0 where the query sees the position, else -inf. Shared by the blocks of a step."""
     at = torch.arange(length - tokens, length, device=device)[:, None]
     position = torch.arange(length, device=device)[None, :]
     hidden = position > at

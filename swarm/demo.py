@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,9 @@ READY_TIMEOUT = 120.0
 """Seconds that a server may take to serve, and then the client to join."""
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+LEAVING = ("draining", "left")
+"""What servers say while the demo ends: the answer is to be the last line of it."""
+
 CHAT_TEMPERATURE = 0.5
 
 
@@ -59,7 +63,7 @@ async def _main(args: argparse.Namespace) -> int:
         with cli.Progress(quiet=args.json) as progress:
             model = await _fetch(args.model, progress)
             servers = await stack.enter_async_context(_serving(args, model, progress))
-            swarm = await _while_all_run(servers, _join(args, _addresses(servers[0]), progress))
+            swarm = await _while_all_run(servers, _join(args, servers[0], progress))
             stack.push_async_callback(swarm.close)
         return await _while_all_run(servers, _talk(swarm, prompt, as_json=args.json))
 
@@ -96,10 +100,10 @@ async def _fetch(name: str, progress: cli.Progress) -> "Model":
 
 
 def split(num_blocks: int, parts: int) -> list[Span]:
-    """`num_blocks` blocks as `parts` spans whose sizes differ by one at most, or fewer where there are fewer."""
+    """`num_blocks` blocks as `parts` spans of nearly the same size; fewer where there are fewer."""
     parts = min(parts, num_blocks)
     edges = [part * num_blocks // parts for part in range(parts + 1)]
-    return [Span(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    return [Span(start, end) for start, end in pairwise(edges)]
 
 
 @asynccontextmanager
@@ -122,8 +126,7 @@ async def _serving(
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_imported("swarm.client.api"), name="import the client")
                 await first.start()
-                await first.wait_for("listening", args.timeout)
-                peers = ["--initial-peers", *_addresses(first)]
+                peers = ["--initial-peers", *await _addresses(first, args.timeout)]
                 for server in others:
                     await server.start(peers)
                 for server in servers:
@@ -148,7 +151,7 @@ def _server(
     on_fraction = progress.stage(f"Starting {name} with blocks {span}")
 
     def on_event(event: Event) -> None:
-        if args.json:
+        if args.json and event["event"] not in LEAVING:
             cli.emit({**event, "server": name})
         on_fraction(1.0 if event["event"] == "serving" else event.get("progress", 0.0))
 
@@ -161,14 +164,16 @@ def _server(
     )
 
 
-def _addresses(server: ServerProcess) -> Sequence[str]:
-    return [address for event in server.events[:1] for address in event["addresses"]]
+async def _addresses(server: ServerProcess, timeout: float) -> list[str]:
+    listening = await server.wait_for("listening", timeout)
+    return list(listening["addresses"])
 
 
-async def _join(args: argparse.Namespace, addresses: Sequence[str], progress: cli.Progress) -> "Swarm":
+async def _join(args: argparse.Namespace, server: ServerProcess, progress: cli.Progress) -> "Swarm":
     on_fraction = progress.stage("Joining the swarm", counted=False)
     api = await _imported("swarm.client.api")
-    swarm: Swarm = await api.connect(addresses, args.model, timeout=args.timeout, dtype=args.dtype)
+    peers = await _addresses(server, args.timeout)
+    swarm: Swarm = await api.connect(peers, args.model, timeout=args.timeout, dtype=args.dtype)
     on_fraction(1.0)
     return swarm
 

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 GRACE = 10.0
 """Seconds that a child gets to end politely before it is killed."""
 
+READ_GRACE = 1.0
+"""Seconds in which what an ended child has printed must have been read."""
+
 MAX_LINE_BYTES = 1024 * 1024
 TAIL_LINES = 20
 
@@ -151,12 +154,12 @@ class ServerProcess:
             self.terminate()
             async with asyncio.timeout(grace):
                 await self._process.wait()
-                await asyncio.wait({self._reading})
         except TimeoutError:
             logger.warning("%s did not end within %g seconds and is killed", self.name, grace)
         finally:
             self.kill()
-            self._reading.cancel()
+            asyncio.get_running_loop().call_later(READ_GRACE, self._reading.cancel)
+        await asyncio.wait({self._reading})
         await self._process.wait()
 
     async def __aenter__(self) -> Self:
@@ -171,12 +174,19 @@ class ServerProcess:
     async def _read_events(self) -> None:
         assert self._started.stdout is not None
         try:
-            while line := await self._started.stdout.readline():
+            while line := await self._next_line(self._started.stdout):
                 self._on_line(line)
             await self._started.wait()
         finally:
             self._has_ended = True
             self._news.set()
+
+    async def _next_line(self, stdout: asyncio.StreamReader) -> bytes:
+        while True:
+            try:
+                return await stdout.readline()
+            except ValueError:
+                logger.warning("%s printed a line of more than %d bytes", self.name, MAX_LINE_BYTES)
 
     def _on_line(self, line: bytes) -> None:
         try:

@@ -21,7 +21,8 @@ class Span(NamedTuple):
         start, colon, end = text.partition(":")
         if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
             raise InputError(
-                f"'{text}' is not a span of blocks.", "Write it as START:END, for example 0:14 for blocks 0 to 13."
+                f"'{text}' is not a span of blocks.",
+                "Write START:END, for example 0:14 for blocks 0 to 13.",
             )
         return cls(int(start), int(end))
 

@@ -49,7 +49,7 @@ class TextEvents:
         self._on_progress: OnProgress | None = None
 
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        _say(f"Peer {peer} serves blocks {self._span} of the {self._num_blocks} of {self._model}.")
+        _say(f"Peer {peer}, for blocks {self._span} of {self._model}, which has {self._num_blocks}.")
         _say("Addresses to join by:")
         for address in addresses:
             _say(f"  {address}")

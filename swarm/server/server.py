@@ -30,7 +30,7 @@ FRESHEN_PERIOD = 3.0
 
 ANNOUNCE_TIMEOUT = 2.0
 DRAIN_TIMEOUT = 4.0
-"""Seconds that leaving may take to announce it, and then to let running steps end; see `stopping`."""
+"""Seconds that leaving may take to announce it, and meanwhile to let running steps end; see `stopping`."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Server:
                 tasks.create_task(work, name=name)
                 for name, work in (
                     ("announce", self._announcer.run(self.announcement)),
-                    ("fill the cell", self.cell.fill()),
+                    ("fill the cell", self._fill()),
                     ("look around", self._look_around()),
                     ("watch the network", self._watch_network()),
                 )
@@ -136,6 +136,12 @@ class Server:
             await stop.wait()
             for task in background:
                 task.cancel()
+
+    async def _fill(self) -> None:
+        """Fill the cell. Whoever is told that this peer serves will find it announced as that."""
+        await self.cell.fill()
+        await self._announce()
+        self._events.phase(self.cell.phase, self.cell.progress)
 
     async def _look_around(self) -> None:
         """Keep the directory fresh, and announce anew when what others plan by has changed."""
@@ -159,21 +165,22 @@ class Server:
         try:
             if self.cell.phase == "serving":
                 self.cell.move("draining")
-                await asyncio.gather(self._announce_draining(), self.sessions.drain(DRAIN_TIMEOUT))
+                await asyncio.gather(self._announce(), self.sessions.drain(DRAIN_TIMEOUT))
             await self._announcer.withdraw()
             self.cell.move("left")
         finally:
             self.cell.close()
 
-    async def _announce_draining(self) -> None:
+    async def _announce(self) -> None:
+        """Announce this peer as it is now, at once or not at all: the announcer goes on trying."""
         try:
             async with asyncio.timeout(ANNOUNCE_TIMEOUT):
                 await self._announcer.publish(self.announcement())
         except (SwarmError, TimeoutError) as error:
-            logger.warning(
-                "peer %s could not announce that it leaves: %r", self._network.identity.peer, error
-            )
+            peer, phase = self._network.identity.peer, self.cell.phase
+            logger.warning("peer %s could not announce that it is %s: %r", peer, phase, error)
 
     def _on_cell_change(self) -> None:
         self._announcer.changed()
-        self._events.phase(self.cell.phase, self.cell.progress)
+        if self.cell.phase != "serving":
+            self._events.phase(self.cell.phase, self.cell.progress)

@@ -43,13 +43,18 @@ async def serve(config: ServerConfig, stopping: Stopping, *, as_json: bool) -> N
 
 
 async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) -> Server:
+    identity = await asyncio.to_thread(_identify, config)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_import_network(), name="import the network")
         finding = tasks.create_task(_find_model(config, quiet=as_json), name="find the model")
     model, span = finding.result()
-    network = await stack.enter_async_context(_join(config))
+    network = await stack.enter_async_context(_join(config, identity))
     shard = Shard(_entry(model), model.hidden_size, span, partial(_load, config, model, span), config.dtype)
     return Server(shard, network, _events(config, model, span, as_json=as_json), name=config.public_name)
+
+
+def _identify(config: ServerConfig) -> Identity:
+    return Identity.generate() if config.identity is None else Identity.load_or_create(config.identity)
 
 
 async def _find_model(config: ServerConfig, *, quiet: bool) -> tuple[Model, Span]:
@@ -84,12 +89,8 @@ async def _import_network() -> tuple[Any, Any]:
 
 
 @asynccontextmanager
-async def _join(config: ServerConfig) -> AsyncIterator[Network]:
+async def _join(config: ServerConfig, identity: Identity) -> AsyncIterator[Network]:
     libp2p, kademlia = await _import_network()
-    if config.identity is None:
-        identity = Identity.generate()
-    else:
-        identity = await asyncio.to_thread(Identity.load_or_create, config.identity)
     async with AsyncExitStack() as stack:
         try:
             async with asyncio.timeout(config.timeout):
@@ -154,7 +155,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _entry(model: Model) -> ModelEntry:
     return ModelEntry(
         model_id=model.model_id,
-        name=model.name[:100],
+        name=model.public_name[:100],
         num_blocks=model.num_blocks,
         fingerprint=model.fingerprint,
     )

@@ -1,4 +1,4 @@
-"""The facade over toy servers: routes, answers, conversations, faults and cancellation, on a virtual clock."""
+"""The facade over toy servers: answers, conversations, faults and cancellation, on a virtual clock."""
 
 import asyncio
 from typing import Any
@@ -212,7 +212,9 @@ async def test_no_route_names_the_blocks_and_who_is_loading() -> None:
         await toy.announce("b", state="joining", progress=0.25)
         loop = asyncio.get_running_loop()
         started = loop.time()
-        with pytest.raises(NoRoute, match=r"No server serves blocks 2 to 3 of toy: b \(…\w{6}\) is loading") as caught:
+        with pytest.raises(
+            NoRoute, match=r"No server serves blocks 2 to 3 of toy: b \(…\w{6}\) is loading"
+        ) as caught:
             await toy.swarm.generate("hi", raw=True)
         assert loop.time() - started == pytest.approx(7.0, abs=0.01)
         assert caught.value.missing == (Span(2, 4),)

@@ -1,0 +1,390 @@
+"""`python -m swarm.server` as a real process on loopback: its life, its refusals, and what it survives."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from swarm.blocks.models import Model, resolve
+from swarm.dht.announcement import Announcement, ModelEntry
+from swarm.dht.directory import list_models, list_peers
+from swarm.dht.kademlia import KademliaStore
+from swarm.errors import SwarmError
+from swarm.net import messages
+from swarm.net.calls import MessageStream, Refused
+from swarm.net.identity import Identity
+from swarm.net.libp2p import Libp2pStream, Libp2pTransport
+from swarm.processes import ServerProcess
+from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.e2e
+
+LISTED_WITHIN = 6.0
+LEFT_WITHIN = 10.0
+START = 60.0
+"""Seconds that a start may take on a busy machine where its speed is not what is tested."""
+
+LOCAL = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--threads", "1")
+FRAMES = 10_000
+AT_ONCE = 25
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Model:
+    return resolve(str(checkpoint))
+
+
+@asynccontextmanager
+async def serving(
+    tmp_path: Path, checkpoint: Path, *arguments: str, name: str = "server", until: str = "serving"
+) -> AsyncIterator[ServerProcess]:
+    asked = ["--model", str(checkpoint), *LOCAL, *arguments]
+    async with ServerProcess(asked, name=name, log=tmp_path / f"{name}.log") as server:
+        await server.wait_for(until, START)
+        yield server
+
+
+async def address_of(server: ServerProcess) -> str:
+    listening = await server.wait_for("listening", START)
+    return str(listening["addresses"][0])
+
+
+@asynccontextmanager
+async def client_of(server: ServerProcess) -> AsyncIterator[tuple[Libp2pTransport, KademliaStore]]:
+    address = await address_of(server)
+    async with (
+        await Libp2pTransport.start(Identity.generate(), [address], host_maddrs=()) as transport,
+        await KademliaStore.start(transport, [address], client_mode=True) as store,
+    ):
+        yield transport, store
+
+
+async def opened(transport: Libp2pTransport, server: ServerProcess, model: Model, sign: str) -> MessageStream:
+    listening = await server.wait_for("listening", START)
+    calls = MessageStream(await transport.open_stream(listening["peer"], listening["addresses"]))
+    asked = messages.Open(
+        session_id=sign * 32, model_id=model.model_id, start=0, end=model.num_blocks, max_tokens=8
+    )
+    try:
+        answer, _ = await calls.call(asked, timeout=10)
+    except SwarmError:
+        calls.close()
+        raise
+    assert isinstance(answer, messages.Opened)
+    return calls
+
+
+async def stepped(calls: MessageStream, model: Model, sign: str, seq_pos: int = 0) -> messages.Result:
+    step = messages.Step(
+        session_id=sign * 32,
+        seq_pos=seq_pos,
+        payload_type="hidden_states",
+        response_type="hidden_states",
+        shape=(1, model.hidden_size),
+        dtype="float32",
+    )
+    body = bytes(messages.body_bytes(step))
+    answer, data = await calls.call(step, body, timeout=10, max_body=len(body))
+    assert isinstance(answer, messages.Result)
+    assert len(data) == len(body)
+    return answer
+
+
+def daemons_of(server: ServerProcess) -> list[psutil.Process]:
+    return psutil.Process(server.pid).children(recursive=True)
+
+
+async def test_a_server_lives_from_listening_to_left(tmp_path: Path, checkpoint: Path, model: Model) -> None:
+    async with serving(tmp_path, checkpoint) as server, client_of(server) as (transport, store):
+        calls = await opened(transport, server, model, "a")
+        assert (await stepped(calls, model, "a")).compute_ms > 0
+        assert (await stepped(calls, model, "a", 1)).seq_pos == 1
+        (entry,) = await list_models(store)
+        assert entry.model_id == model.model_id
+        (listed,) = await list_peers(store, entry)
+        assert listed.state == "serving"
+        assert listed.throughput.decode > 0
+        assert listed.throughput.prefill > 0
+        daemons = daemons_of(server)
+        assert daemons
+        asked = time.monotonic()
+        server.terminate()
+        assert await server.wait_ended() == 0
+        assert time.monotonic() - asked < LEFT_WITHIN
+        names = [event["event"] for event in server.events]
+        assert names[0] == "listening"
+        assert names[-3:] == ["serving", "draining", "left"]
+        assert set(names[1:-3]) == {"joining"}
+        progress = [event["progress"] for event in server.events if event["event"] == "joining"]
+        assert progress == sorted(progress)
+        assert (progress[0], progress[-1]) == (0.0, 1.0)
+        assert not any(daemon.is_running() for daemon in daemons)
+
+
+async def test_it_is_listed_within_seconds_and_says_to_wait(
+    tmp_path: Path, checkpoint: Path, model: Model
+) -> None:
+    async with serving(tmp_path, checkpoint, name="first") as first, client_of(first) as (transport, store):
+        address = await address_of(first)
+        started = time.monotonic()
+        async with serving(
+            tmp_path, checkpoint, "--initial-peers", address, name="second", until="listening"
+        ) as second:
+            listed = await until_listed(store, second)
+            assert time.monotonic() - started < LISTED_WITHIN
+            assert listed.state == "joining"
+            with pytest.raises(Refused) as refused:
+                await opened(transport, second, model, "b")
+            assert refused.value.error.code == "warming_up"
+            assert refused.value.error.retry_after
+            await second.wait_for("serving", START)
+            await opened(transport, second, model, "b")
+
+
+async def until_listed(store: KademliaStore, server: ServerProcess) -> Announcement:
+    peer = (await server.wait_for("listening", START))["peer"]
+    async with asyncio.timeout(START):
+        while True:
+            for entry in await list_models(store):
+                for announcement in await list_peers(store, entry):
+                    if announcement.peer == peer:
+                        return announcement
+            await asyncio.sleep(0.05)
+
+
+async def test_leaving_takes_the_announcement_with_it(tmp_path: Path, checkpoint: Path) -> None:
+    async with serving(tmp_path, checkpoint, name="first") as first, client_of(first) as (_, store):
+        (entry,) = await list_models(store)
+        address = await address_of(first)
+        async with serving(tmp_path, checkpoint, "--initial-peers", address, name="second") as second:
+            assert await listed_peers(store, entry) == 2
+            second.terminate()
+            assert await second.wait_ended() == 0
+            assert await listed_peers(store, entry) == 1
+
+
+async def listed_peers(store: KademliaStore, entry: ModelEntry) -> int:
+    return len(await list_peers(store, entry))
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+async def test_a_second_signal_ends_it_at_once(
+    tmp_path: Path, checkpoint: Path, second: signal.Signals, code: int
+) -> None:
+    async with serving(tmp_path, checkpoint) as server:
+        daemons = daemons_of(server)
+        server.terminate()
+        await server.wait_for("draining", LEFT_WITHIN)
+        asked = time.monotonic()
+        os.kill(server.pid, second)
+        assert await server.wait_ended() == code
+        assert time.monotonic() - asked < 1
+        assert not any(daemon.is_running() and daemon.status() != "zombie" for daemon in daemons)
+
+
+async def test_a_signal_while_it_starts_ends_it_politely(tmp_path: Path, checkpoint: Path) -> None:
+    arguments = ["--model", str(checkpoint), *LOCAL]
+    async with ServerProcess(arguments, name="server", log=tmp_path / "log") as server:
+        await server.wait_for("joining", START)
+        server.terminate()
+        async with asyncio.timeout(LEFT_WITHIN):
+            assert await server.wait_ended() == 0
+        assert [event["event"] for event in server.events][-1] == "left"
+
+
+async def test_a_dead_daemon_ends_it_with_the_reason(tmp_path: Path, checkpoint: Path) -> None:
+    async with serving(tmp_path, checkpoint) as server:
+        for daemon in daemons_of(server):
+            daemon.kill()
+        async with asyncio.timeout(LEFT_WITHIN):
+            assert await server.wait_ended() == 1
+        assert "daemon" in server.failure().message
+
+
+def test_it_leaves_when_standard_input_ends(checkpoint: Path) -> None:
+    command = [*COMMAND, "--model", str(checkpoint), *LOCAL, "--json", "--exit-with-stdin"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        assert "listening" in server.stdout.readline()
+        server.stdin.close()
+        assert '"left"' in server.stdout.read()
+        assert server.wait(LEFT_WITHIN) == 0
+
+
+COMMAND = [sys.executable, "-m", "swarm.server"]
+
+
+def refused(*arguments: str, code: int, says: str) -> None:
+    """The command ends with `code`, one sentence that matches `says`, a hint, and no traceback."""
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=START)
+    assert done.returncode == code, done.stderr
+    assert re.search(f"^error: .*{says}", done.stderr, re.MULTILINE), done.stderr
+    assert re.search("^hint: ", done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--blocks", "3"], "not a span"),
+        (["--blocks", "5:3"], "not a span"),
+        (["--blocks", "auto"], "not a span"),
+        (["--num-blocks", "3"], "num-blocks"),
+        (["--quantize", "int8"], "quantize"),
+        (["--dtype", "int3"], "int3"),
+        (["--threads", "0"], "at least 1"),
+        (["--kv-tokens", "many"], "whole number"),
+        (["--port", "70000"], "70000"),
+        (["--port", "1", "--host-maddrs", "/ip4/127.0.0.1/tcp/0"], "both"),
+        (["--public-name", "a\nb"], "public name"),
+        (["--initial-peers", "here"], "not the address of a peer"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "./no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_wrong_options(arguments: list[str], says: str) -> None:
+    refused(*arguments, code=2, says=says)
+
+
+def test_blocks_that_the_model_does_not_have(checkpoint: Path) -> None:
+    refused("--model", str(checkpoint), "--blocks", "4:9", code=2, says="4:9 .* 6 blocks")
+
+
+def test_a_port_in_use(checkpoint: Path) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused("--model", str(checkpoint), "--port", str(port), code=2, says=f"{port}.*in use")
+
+
+def test_an_initial_peer_that_is_not_there(checkpoint: Path) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity.generate().peer}"
+    refused("--model", str(checkpoint), *LOCAL, "--initial-peers", address, code=1, says="cannot be reached")
+
+
+@pytest.mark.parametrize("content", [b"", b"no key", os.urandom(68)])
+def test_a_key_file_that_is_none(tmp_path: Path, checkpoint: Path, content: bytes) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(content)
+    key.chmod(0o600)
+    refused("--model", str(checkpoint), *LOCAL, "--identity", str(key), code=2, says=str(key))
+
+
+def test_a_key_file_that_is_a_folder(tmp_path: Path, checkpoint: Path) -> None:
+    refused("--model", str(checkpoint), *LOCAL, "--identity", str(tmp_path), code=2, says=str(tmp_path))
+
+
+def corrupted(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    match how:
+        case "cut short":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        case "garbage":
+            weights.write_bytes(os.urandom(10_000))
+        case "wrong shape":
+            config = folder / "config.json"
+            config.write_text(
+                config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40')
+            )
+        case "no weights":
+            weights.unlink()
+        case "no config":
+            (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("cut short", "model.safetensors is truncated"),
+        ("garbage", "model.safetensors is"),
+        ("wrong shape", r"down_proj.* shape \[32, 48\]"),
+        ("no weights", "no safetensors weights"),
+        ("no config", "no config.json"),
+    ],
+)
+def test_a_corrupt_checkpoint(tmp_path: Path, checkpoint: Path, how: str, says: str) -> None:
+    folder = tmp_path / "corrupt"
+    shutil.copytree(checkpoint, folder)
+    corrupted(folder, how)
+    refused("--model", str(folder), *LOCAL, code=2, says=says)
+
+
+async def test_malformed_frames_end_their_streams_and_nothing_else(
+    tmp_path: Path, checkpoint: Path, model: Model
+) -> None:
+    async with serving(tmp_path, checkpoint) as server, client_of(server) as (transport, _):
+        calls = await opened(transport, server, model, "a")
+        await stepped(calls, model, "a")
+        await flood(transport, server, FRAMES // 5)
+        before = memory_of(server)
+        await flood(transport, server, FRAMES - FRAMES // 5)
+        grown = memory_of(server) - before
+        assert (await stepped(calls, model, "a", 1)).seq_pos == 1
+        assert isinstance(await opened(transport, server, model, "b"), MessageStream)
+        assert grown < 16 * 2**20, f"{grown / 2**20:.1f} MiB more after {FRAMES} malformed frames"
+
+
+async def flood(transport: Libp2pTransport, server: ServerProcess, count: int) -> None:
+    """Send `count` malformed frames of all kinds, each on a stream of its own, which the server closes."""
+    listening = await server.wait_for("listening", START)
+    turn = iter(range(count))
+
+    async def send_some() -> None:
+        for number in turn:
+            stream = await transport.open_stream(listening["peer"], listening["addresses"])
+            assert isinstance(stream, Libp2pStream)
+            try:
+                async with asyncio.timeout(30):
+                    await send_malformed(stream, number)
+                    while True:
+                        await stream.receive()
+            except SwarmError:
+                pass
+            finally:
+                stream.close()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(AT_ONCE):
+            tasks.create_task(send_some())
+
+
+async def send_malformed(stream: Libp2pStream, number: int) -> None:
+    match number % 5:
+        case 0:
+            await stream.send(os.urandom(50))
+        case 1:
+            await stream.send(messages.encode(messages.Ping(nonce=1)), b"with a body")
+        case 2:
+            await stream.send(messages.encode(messages.Pong(nonce=1)))
+        case 3:
+            stream._writer.write(b"\xff" * 8 + os.urandom(100))
+        case 4:
+            stream._writer.write(os.urandom(1000))
+
+
+def memory_of(server: ServerProcess) -> int:
+    """Resident bytes of the server, its daemon aside."""
+    return int(psutil.Process(server.pid).memory_info().rss)

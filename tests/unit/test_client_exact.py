@@ -1,0 +1,113 @@
+"""The client's answers over real engines, in spans, equal those of transformers on the whole model."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.blocks.engine import Engine, EngineConfig
+from swarm.blocks.head import Head
+from swarm.blocks.models import Model, resolve
+from swarm.client.facade import Swarm
+from swarm.client.generation import GenerationOptions
+from swarm.dht.announcement import Announcement, ModelEntry
+from swarm.dht.announcer import Announcer
+from swarm.dht.memory import MemoryStore
+from swarm.net.identity import Identity
+from swarm.net.memory import MemoryNetwork
+from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
+from swarm.server.cell import ShardCell
+from swarm.server.sessions import Sessions
+from swarm.spans import Span
+from tests.tiny import greedy, tiny_checkpoint
+
+SPANS = (Span(0, 2), Span(2, 3), Span(3, 6))
+PROMPT = [1, 5, 9, 9, 30, 77, 64, 12, 100, 3, 45]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, tiny_checkpoint(folder)
+
+
+@asynccontextmanager
+async def serving(model: Model) -> AsyncIterator[Swarm]:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    network, store = MemoryNetwork(), MemoryStore(loop.now)
+    entry = ModelEntry(
+        model_id=model.model_id, name="tiny", num_blocks=model.num_blocks, fingerprint=model.fingerprint
+    )
+    async with AsyncExitStack() as stack:
+        for span in SPANS:
+            identity = Identity.from_seed(str(span))
+            config = EngineConfig(dtype="float32", kv_tokens=600)
+            cell = ShardCell(span, partial(Engine.load, model, span, config))
+            await cell.fill()
+            stack.callback(cell.close)
+            transport = await stack.enter_async_context(network.transport(identity))
+            await transport.listen(Sessions(model.model_id, model.hidden_size, cell).on_stream)
+            said = Announcement(
+                peer=identity.peer,
+                model_id=model.model_id,
+                start=span.start,
+                end=span.end,
+                state="serving",
+                throughput=cell.throughput,
+                kv_tokens_left=600,
+            )
+            await Announcer(store.another(), identity, entry, period=600.0).publish(said)
+        transport = await stack.enter_async_context(network.transport("client"))
+        head = await asyncio.to_thread(Head.load, model, "float32")
+        swarm = await stack.enter_async_context(Swarm(transport, store, model, head))
+        await swarm.directory.refresh()
+        yield swarm
+
+
+@in_virtual_time
+async def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[Path, Any]) -> None:
+    folder, whole = checkpoint
+    async with serving(resolve(str(folder))) as swarm:
+        options = GenerationOptions(max_new_tokens=32, ignore_eos=True)
+        answer = await swarm.stream_tokens(PROMPT, options).result()
+        assert list(answer.token_ids) == greedy(whole, PROMPT, 32)
+        assert [hop.blocks for hop in answer.route] == list(SPANS)
+        # a prompt of several chunks, each hop at work on another one at the same time
+        long = [(7 * at) % 120 + 4 for at in range(200)]
+        answer = await swarm.stream_tokens(long, options).result()
+        assert list(answer.token_ids) == greedy(whole, long, 32)
+
+
+@in_virtual_time
+async def test_turns_that_keep_their_kv_are_as_exact(checkpoint: tuple[Path, Any]) -> None:
+    folder, whole = checkpoint
+    async with serving(resolve(str(folder))) as swarm:
+        conversation = swarm.conversation(room=200)
+        options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+        prompts = [PROMPT]
+        for change in ([20, 21, 22], [30, 31]):
+            answer = await swarm.stream_tokens(prompts[-1], options, conversation).result()
+            assert list(answer.token_ids) == greedy(whole, prompts[-1], 8)
+            prompts.append([*prompts[-1], *answer.token_ids, *change])
+        edited = [*prompts[-1][:15], 99, 98]
+        answer = await swarm.stream_tokens(edited, options, conversation).result()
+        assert list(answer.token_ids) == greedy(whole, edited, 8)
+        assert conversation.stepped == (11 + 7) + (4 + 7) + (2 + 7)
+        await conversation.close()
+
+
+@in_virtual_time
+async def test_chat_goes_through_the_template(checkpoint: tuple[Path, Any]) -> None:
+    folder, whole = checkpoint
+    async with serving(resolve(str(folder))) as swarm:
+        answer = await swarm.generate("How are you?", max_new_tokens=6, ignore_eos=True)
+        tokenizer = swarm._ends.tokenizer
+        prompt = tokenizer("u:How are you?\na:", add_special_tokens=False).input_ids
+        expected = greedy(whole, prompt, 6)
+        assert list(answer.token_ids) == expected
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)

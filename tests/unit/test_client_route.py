@@ -1,0 +1,204 @@
+"""The route: against brute force on small graphs, its ties, what it refuses, and its speed."""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm.client.route import Costs, NoRoute, Route, find_route, missing_spans, through_client
+from swarm.dht.announcement import Announcement, Throughput
+from swarm.net.transport import PeerId
+from swarm.spans import Span
+
+
+def server(
+    peer: str, start: int, end: int, decode: float = 100.0, queue: int = 0, **more: object
+) -> Announcement:
+    fields = {"state": "serving", "kv_tokens_left": 1000, "throughput": Throughput(decode=decode), **more}
+    return Announcement(peer=peer, model_id="m", start=start, end=end, queue=queue, **fields)  # type: ignore[arg-type]
+
+
+def costs(rtts: Mapping[str, float], direct: Mapping[str, Mapping[PeerId, float]] | None = None) -> Costs:
+    links = direct or {}
+    return Costs(
+        rtt=lambda peer: rtts.get(peer),
+        direct=(lambda one: links.get(one.peer, {})) if direct else through_client,
+    )
+
+
+def shape(route: Route) -> list[tuple[str, int, int]]:
+    return [(hop.peer, *hop.span) for hop in route.hops]
+
+
+def brute_force(servers: Sequence[Announcement], num_blocks: int, costs: Costs) -> float:
+    """The least time over every choice of a server for each block."""
+    choices = [[one for one in servers if block in one.span.blocks] for block in range(num_blocks)]
+    return min(price(way, costs) for way in product(*choices))
+
+
+def price(way: Sequence[Announcement], costs: Costs) -> float:
+    total, before = 0.0, None
+    for one in way:
+        if one is not before:
+            total += change(before, one, costs) + costs.queue_seconds(one)
+        total += costs.block_seconds(one)
+        before = one
+    assert before is not None
+    return total + costs.one_way(before.peer_id)
+
+
+def change(before: Announcement | None, after: Announcement, costs: Costs) -> float:
+    if before is None:
+        return costs.one_way(after.peer_id)
+    through = costs.one_way(before.peer_id) + costs.one_way(after.peer_id)
+    return min(through, costs.direct(before).get(after.peer_id, through))
+
+
+milliseconds = st.integers(1, 300).map(lambda value: value / 1000)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[list[Announcement], int, Costs]:
+    num_blocks = draw(st.integers(1, 5))
+    names = "abcd"[: draw(st.integers(1, 4))]
+    servers = []
+    for name in names:
+        start = draw(st.integers(0, num_blocks - 1))
+        end = draw(st.integers(start + 1, num_blocks))
+        servers.append(server(name, start, end, draw(st.integers(0, 200)), draw(st.integers(0, 2))))
+    servers.append(server("whole", 0, num_blocks, draw(st.integers(1, 200))))
+    rtts = {name: draw(milliseconds) for name in names if draw(st.booleans())}
+    direct = {
+        name: draw(st.dictionaries(st.sampled_from("abcd"), milliseconds, max_size=3)) for name in names
+    }
+    return servers, num_blocks, costs(rtts, direct if draw(st.booleans()) else None)
+
+
+@given(graphs())
+def test_is_the_fastest_of_all(graph: tuple[list[Announcement], int, Costs]) -> None:
+    servers, num_blocks, prices = graph
+    route = find_route(servers, num_blocks, costs=prices)
+    assert route.seconds == pytest.approx(brute_force(servers, num_blocks, prices))
+    blocks = [(hop.announcement, block) for hop in route.hops for block in hop.span.blocks]
+    assert [block for _, block in blocks] == list(range(num_blocks))
+    assert route.seconds == pytest.approx(price([one for one, _ in blocks], prices))
+
+
+@given(graphs(), st.randoms())
+def test_order_of_announcements_changes_nothing(
+    graph: tuple[list[Announcement], int, Costs], shuffler: random.Random
+) -> None:
+    servers, num_blocks, prices = graph
+    shuffled = list(servers)
+    shuffler.shuffle(shuffled)
+    assert find_route(shuffled, num_blocks, costs=prices) == find_route(servers, num_blocks, costs=prices)
+
+
+def test_part_of_a_span_is_used_where_that_is_faster() -> None:
+    servers = [server("slow", 0, 6, decode=10), server("fast", 3, 6, decode=1000)]
+    route = find_route(servers, 6, costs=costs({"slow": 0.01, "fast": 0.01}))
+    assert shape(route) == [("slow", 0, 3), ("fast", 3, 6)]
+
+
+def test_far_replica_loses_to_a_near_one() -> None:
+    servers = [server("far", 0, 4), server("near", 0, 4, decode=50)]
+    assert shape(find_route(servers, 4, costs=costs({"far": 0.5, "near": 0.01}))) == [("near", 0, 4)]
+
+
+def test_queue_counts_in_steps_of_the_whole_span() -> None:
+    servers = [server("busy", 0, 4, queue=3), server("idle", 0, 4, decode=30)]
+    route = find_route(servers, 4, costs=costs({"busy": 0.01, "idle": 0.01}))
+    assert shape(route) == [("idle", 0, 4)]
+    assert route.seconds == pytest.approx(0.01 + 4 / 30)
+
+
+def test_direct_way_between_servers_is_taken() -> None:
+    servers = [server("a", 0, 2), server("b", 2, 4), server("c", 2, 4)]
+    rtts = {"a": 0.2, "b": 0.2, "c": 0.1}
+    assert shape(find_route(servers, 4, costs=costs(rtts)))[1][0] == "c"
+    route = find_route(servers, 4, costs=costs(rtts, {"a": {PeerId("b"): 0.001}}))
+    assert shape(route)[1][0] == "b"
+    assert route.seconds == pytest.approx(0.1 + 0.001 + 0.1 + 0.04)
+
+
+def test_ties_go_to_fewer_hops_then_to_the_lower_peer_id() -> None:
+    free = Costs(rtt=lambda peer: 0.0)
+    servers = [server("b", 0, 4), server("a", 0, 4), server("c", 0, 2), server("d", 2, 4)]
+    assert shape(find_route(servers, 4, costs=free)) == [("a", 0, 4)]
+
+
+def test_one_peer_may_hold_two_spans() -> None:
+    servers = [server("a", 0, 2), server("b", 2, 4), server("a", 4, 6)]
+    assert shape(find_route(servers, 6, costs=costs({}))) == [("a", 0, 2), ("b", 2, 4), ("a", 4, 6)]
+
+
+def test_only_serving_peers_with_room_that_are_not_excluded() -> None:
+    servers = [
+        server("joining", 0, 2, state="joining"),
+        server("draining", 0, 2, state="draining"),
+        server("full", 0, 2, kv_tokens_left=9),
+        server("bad", 0, 2),
+        server("good", 0, 2, decode=1),
+    ]
+    route = find_route(
+        servers, 2, costs=costs({}), tokens=10, excluded={PeerId("bad"): "closed the connection"}
+    )
+    assert shape(route) == [("good", 0, 2)]
+
+
+def test_no_route_says_which_blocks_and_why() -> None:
+    servers = [
+        server("p" * 46 + "loader", 10, 20, state="joining", progress=0.456, name="al\x1bice"),
+        server("p" * 46 + "fuller", 22, 24, kv_tokens_left=9),
+        server("p" * 46 + "failed", 24, 25),
+        server("x", 0, 10),
+        server("y", 20, 22),
+        server("z", 25, 30),
+    ]
+    excluded = {PeerId("p" * 46 + "failed"): "did not answer in time"}
+    with pytest.raises(NoRoute) as caught:
+        find_route(servers, 30, costs=costs({}), model="smollm2-135m", tokens=10, excluded=excluded)
+    error = caught.value
+    assert error.message == (
+        "No server serves blocks 10 to 19, blocks 22 to 24 of smollm2-135m: alice (…loader) is loading "
+        "blocks 10 to 19, 46% done; …fuller has room for 9 tokens where 10 are needed; …failed did not "
+        "answer in time."
+    )
+    assert error.missing == (Span(10, 20), Span(22, 25))
+    assert [one.state for one in error.loading] == ["joining"]
+    assert error.hint
+
+
+def test_no_route_without_anybody_says_how_to_start_a_server() -> None:
+    with pytest.raises(NoRoute) as caught:
+        find_route([server("x", 0, 9)], 10, costs=costs({}), model="m")
+    assert caught.value.message == "No server serves block 9 of m."
+    assert "--model m --blocks 9:10" in caught.value.hint
+
+
+def test_missing_spans() -> None:
+    assert missing_spans([], 3) == [Span(0, 3)]
+    assert missing_spans([server("a", 0, 9)], 3) == []
+    assert missing_spans([server("a", 1, 2), server("b", 4, 9)], 10) == [Span(0, 1), Span(2, 4), Span(9, 10)]
+    assert missing_spans([server("a", 5, 9)], 3) == [Span(0, 3)]
+
+
+def test_two_thousand_servers_take_a_moment() -> None:
+    rng = random.Random(1)
+    servers = []
+    for index in range(2000):
+        start = rng.randrange(126)
+        servers.append(
+            server(f"p{index:04}", start, min(126, start + rng.randint(4, 16)), rng.uniform(20, 500))
+        )
+    servers.append(server("whole", 0, 126, 1.0))
+    rtts = {one.peer: rng.uniform(0.005, 0.2) for one in servers}
+    prices = costs(rtts)
+    started = time.process_time()
+    route = find_route(servers, 126, costs=prices)
+    assert time.process_time() - started < 0.5
+    assert len(route.hops) > 5

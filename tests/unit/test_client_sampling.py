@@ -1,0 +1,109 @@
+"""Sampling: the same distribution as transformers' generate, seeds, and refused values."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from swarm.client.options import GenerationOptions, SamplingOptions, generation_options
+from swarm.client.sampling import Sampler
+from swarm.errors import InputError
+from tests.tiny import tiny_model
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def seen(options: SamplingOptions, draws: int = 300) -> set[int]:
+    sampler = Sampler(options)
+    return {sampler.choose([5], LOGITS.clone()) for _ in range(draws)}
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert seen(SamplingOptions(top_k=3, top_p=0.1, min_p=0.9), draws=5) == {0}
+
+
+def test_top_k_top_p_and_min_p_bound_what_is_drawn() -> None:
+    assert seen(SamplingOptions(temperature=5.0, top_k=2, seed=1)) == {0, 1}
+    assert seen(SamplingOptions(temperature=1.0, top_p=0.5, seed=1)) == {0}
+    assert seen(SamplingOptions(temperature=1.0, min_p=0.3, seed=1)) == {0, 1}
+    assert seen(SamplingOptions(temperature=50.0, seed=1)) == {0, 1, 2, 3, 4, 5}
+
+
+def test_repetition_penalty_sees_the_prompt() -> None:
+    assert Sampler(SamplingOptions(repetition_penalty=3.0)).choose([0, 0], LOGITS.clone()) == 1
+
+
+def test_seeds() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingOptions(temperature=9.0, seed=seed))
+        return [sampler.choose([5], LOGITS.clone()) for _ in range(30)]
+
+    assert draw(3) == draw(3) != draw(4)
+    assert draw(None) != draw(None)
+
+
+def test_own_generator_leaves_the_global_one_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    Sampler(SamplingOptions(temperature=1.0, seed=5)).choose([1], LOGITS.clone())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.8, "repetition_penalty": 1.4},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
+    ],
+)
+def test_scores_are_those_of_transformers_generate(options: dict[str, Any]) -> None:
+    model = tiny_model("Llama")
+    prompt = [5, 9, 9, 30, 77]
+    ids = torch.tensor([prompt])
+    theirs = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=1,
+        do_sample=True,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{"top_k": 0, **options},
+    ).scores[0]
+    with torch.inference_mode():
+        logits = model(ids).logits[0, -1]
+    ours = Sampler(SamplingOptions(**options))._processors(ids, logits[None])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
+def test_values_out_of_range_are_refused_in_a_sentence(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^{name} is {value}\. Choose a value ") as caught:
+        SamplingOptions(**{name: value})
+    assert caught.value.exit_code == 2
+
+
+def test_options_are_sorted_and_unknown_ones_refused() -> None:
+    options = generation_options({"temperature": 0.5, "stop": "END", "max_new_tokens": 3})
+    assert options == GenerationOptions(3, SamplingOptions(temperature=0.5), ("END",))
+    assert generation_options({"stop": ["a", "b"]}).stop == ("a", "b")
+    with pytest.raises(TypeError, match="temprature"):
+        generation_options({"temprature": 1.0})  # type: ignore[typeddict-unknown-key]
