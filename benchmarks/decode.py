@@ -121,7 +121,7 @@ async def in_one_process(model: Model, dtype: str) -> Contender:
         return int(head.logits(last)[0].argmax())
 
     async def run(load: Load) -> Run:
-        engine.open_session("bench", len(load.long_prompt) + len(load.prompt) + load.answer)
+        engine.open_session("bench", engine.span, len(load.long_prompt) + len(load.prompt) + load.answer)
         started = time.perf_counter()
         await step(0, load.long_prompt)
         ttft = time.perf_counter() - started

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from swarm.blocks.architecture import part_of
 from swarm.blocks.errors import NoCapacity, StepError
+from swarm.blocks.fused import fuse
 from swarm.blocks.kv import SessionKV
 from swarm.blocks.models import Model
 from swarm.blocks.precision import Precision, choose_device, choose_precision
@@ -86,6 +87,7 @@ class Engine:
         self.queue = 0
         self._sessions: dict[str, SessionKV] = {}
         self._part = lru_cache(MAX_PARTS)(partial(part_of, module))
+        self._fused = fuse(module)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     @classmethod
@@ -236,6 +238,8 @@ class Engine:
         """Hidden states [tokens, hidden] through the span; a failing step leaves the session at `seq_pos`."""
         session.roll_back(seq_pos)
         positions = torch.arange(seq_pos, seq_pos + hidden.shape[0], device=self._device)
+        if self._fused is not None and len(hidden) <= self._fused.max_rows:
+            return self._fused.run(hidden, session, positions)
         try:
             out = self._part(session.blocks)(
                 inputs_embeds=hidden[None].to(self._device, self.precision.dtype),

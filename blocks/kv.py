@@ -24,9 +24,7 @@ class Slab(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def slab(like: Tensor) -> Tensor:
-            return torch.empty(
-                1, like.shape[1], self.capacity, like.shape[3], dtype=like.dtype, device=like.device
-            )
+            return like.new_empty(1, like.shape[1], self.capacity, like.shape[3])
 
         self.keys, self.values = slab(key_states), slab(value_states)
         self.is_initialized = True
@@ -65,6 +63,7 @@ class SessionKV(Cache):
         super().__init__(layers=[Slab(capacity) for _ in range(blocks.end)])
         self.blocks = blocks
         self.capacity = capacity
+        self._addresses: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -74,3 +73,19 @@ class SessionKV(Cache):
         """Forget every position from `length` on; a no-op when the session is shorter."""
         for slab in self.layers:
             slab.length = min(slab.length, length)
+
+    def grow(self, tokens: int) -> None:
+        """Count `tokens` whose keys and values were written to the slabs directly."""
+        for slab in self.layers[self.blocks.start :]:
+            slab.length += tokens
+
+    def addresses(self, kv_heads: int, dim: int, like: Tensor) -> Tensor:
+        """Where keys and values of each used block lie, [blocks, 2]; they never move."""
+        if self._addresses is None:
+            used = self.layers[self.blocks.start :]
+            for slab in used:
+                if not slab.is_initialized:
+                    states = like.new_empty(1, kv_heads, 0, dim)
+                    slab.lazy_initialization(states, states)
+            self._addresses = torch.tensor([[slab.keys.data_ptr(), slab.values.data_ptr()] for slab in used])
+        return self._addresses

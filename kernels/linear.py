@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 try:
-    from swarm.kernels import _native
+    from swarm.kernels import _native as native
 except ImportError:
-    _native = None
+    native = None
 
 FEW_ROWS = {torch.float16: 16, torch.float32: 2}
 """Up to how many rows the native loops beat torch, by the dtype of the weights."""
@@ -23,7 +23,7 @@ FEW_ROWS = {torch.float16: 16, torch.float32: 2}
 
 def has_native() -> bool:
     """Whether the native loops were built and this processor runs them."""
-    return _native is not None and bool(_native.is_supported())
+    return native is not None and native.is_supported()
 
 
 def can_keep_half() -> bool:
@@ -53,7 +53,7 @@ class LeanLinear(nn.Module):
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         bias = 0 if self.bias is None else self.bias.data_ptr()
-        _native.linear(
+        native.linear(
             x.data_ptr(),
             self.weight.data_ptr(),
             bias,

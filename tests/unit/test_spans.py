@@ -7,24 +7,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from swarm.blocks.architecture import part_of
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.errors import NoCapacity, StepError
+from swarm.blocks.fused import fuse
 from swarm.blocks.head import Head
+from swarm.blocks.kv import SessionKV
 from swarm.blocks.models import Model, resolve
+from swarm.blocks.precision import choose_precision
+from swarm.blocks.shard import load_span
 from swarm.errors import InputError
 from swarm.kernels.codecs import from_wire, to_wire
+from swarm.kernels.linear import has_native
 from swarm.spans import Span
 from tests.tiny import greedy, tiny_checkpoint
 
 SPANS = (Span(0, 2), Span(2, 3), Span(3, 6))
+CPU = torch.device("cpu")
 PROMPT = [4 + i * 37 % 95 for i in range(20)]
 FLOAT32 = EngineConfig(dtype="float32", device="cpu", kv_tokens=256)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    reference = tiny_checkpoint(folder, shard_size="20KB")
+def llama(checkpoint_of):
+    folder, reference = checkpoint_of("Llama")
     return resolve(str(folder)), reference
 
 
@@ -54,13 +60,13 @@ async def continuation(
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss", "Qwen3Moe"])
-async def test_split_spans_continue_as_the_whole_model_does(family, tmp_path):
-    reference = tiny_checkpoint(tmp_path, family)
-    model = resolve(str(tmp_path))
+async def test_split_spans_continue_as_the_whole_model_does(family, checkpoint_of):
+    folder, reference = checkpoint_of(family)
+    model = resolve(str(folder))
     servers, head = await engines(model), Head.load(model, "float32")
     for server in servers:
         server.open_session("s", server.span, 128)
-    assert await continuation(servers, head, PROMPT, 40) == greedy(reference, PROMPT, 40)
+    assert await continuation(servers, head, PROMPT, 24) == greedy(reference, PROMPT, 24)
     hidden = await run(servers, head.embed(torch.tensor(PROMPT)), 0)
     with torch.inference_mode():
         expected = reference(torch.tensor([PROMPT])).logits[0]
@@ -159,6 +165,46 @@ async def test_a_session_may_use_a_part_of_the_span(llama):
     assert new == greedy(reference, PROMPT, 12)
     with pytest.raises(StepError):
         (await Engine.load(model, Span(1, 3), FLOAT32)).open_session("s", Span(0, 2), 8)
+
+
+@pytest.mark.skipif(not has_native(), reason="the native kernels were not built, or not for this CPU")
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_few_tokens_take_the_native_way_and_come_out_alike(family, dtype, checkpoint_of):
+    model, span = resolve(str(checkpoint_of(family)[0])), Span(1, 5)
+    precision = choose_precision(dtype, CPU, torch.float32)
+    module = load_span(model, span, precision, CPU)
+    fused = fuse(module)
+    assert fused is not None
+    hidden, part = torch.randn(40, model.hidden_size), Span(1, 4)
+    sessions = SessionKV(part, 40), SessionKV(part, 40)
+    with torch.inference_mode():
+        plain = part_of(module, part)(
+            inputs_embeds=hidden[None],
+            position_ids=torch.arange(40)[None],
+            past_key_values=sessions[0],
+            use_cache=True,
+        ).last_hidden_state[0]
+        sizes = [1, 2, 1, 1] * 8
+        rows = [
+            fused.run(
+                part_hidden,
+                sessions[1],
+                torch.arange(sessions[1].length, sessions[1].length + len(part_hidden)),
+            )
+            for part_hidden in hidden.split(sizes)
+        ]
+    assert sessions[1].length == 40
+    assert torch.allclose(torch.cat(rows), plain, atol=2e-4)
+
+
+@pytest.mark.skipif(not has_native(), reason="the native kernels were not built, or not for this CPU")
+def test_layers_that_compute_something_else_are_left_to_transformers(llama, caplog):
+    model, _ = llama
+    module = load_span(model, Span(0, 2), choose_precision("float32", CPU, torch.float32), CPU)
+    module.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    assert fuse(module) is None
+    assert "disagree" in caplog.text
 
 
 async def test_rates_are_measured_without_taking_sessions_memory(llama):

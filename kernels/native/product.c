@@ -1,48 +1,21 @@
-/* Matrix times few vectors, for CPUs with AVX2, FMA and F16C.
+/* Matrix times few vectors.
  *
  * A decode step multiplies every weight by a handful of rows only: its speed is that of memory. These loops
  * read each weight once, widen float16 in registers, and keep several streams in flight. Rows of the weight
- * are shared among the threads of a pool that waits, spinning only briefly, between calls.
- *
- * Called with raw addresses by swarm/kernels/linear.py, which owns every check.
+ * are shared among the threads of a pool that sleeps, after spinning briefly, between products.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(_WIN32)
-#define HAS_KERNELS 1
-#include <immintrin.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#else
-#define HAS_KERNELS 0
-#endif
+#include "kernels.h"
 
 #if HAS_KERNELS
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
+#include <pthread.h>
+#include <stdatomic.h>
+
 #define TILE_ROWS 2    /* weight rows at once: as many streams from memory */
 #define TILE_INPUTS 4  /* input rows at once: each weight is widened once for all of them */
 #define AHEAD 4096     /* bytes fetched ahead in each stream, past the end of short rows */
 #define MAX_THREADS 64
 #define SPINS 2000
-
-typedef struct {
-    const float *x;     /* [m, k] */
-    const char *w;      /* [n, k], float16 or float32 */
-    const float *bias;  /* [n] or NULL */
-    float *y;           /* [m, n] */
-    int64_t m, n, k;
-    int is_half;
-} Product;
-
-INLINE float sum(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 
 INLINE __m256 load(const char *w, int64_t at, int is_half) {
     if (is_half) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + 2 * at)));
@@ -94,7 +67,7 @@ INLINE void rows_of(const Product *p, int64_t from, int64_t to, int is_half) {
         for (int64_t i = 0; i < p->m; i++) tile(p, row, i, 1, 1, is_half);
 }
 
-TARGET static void multiply(const Product *p, int64_t from, int64_t to) {
+TARGET static void multiply_rows(const Product *p, int64_t from, int64_t to) {
     if (p->is_half) rows_of(p, from, to, 1);
     else rows_of(p, from, to, 0);
 }
@@ -111,7 +84,7 @@ static Product product;
 static void share(int part) {
     int64_t tiles = (product.n + TILE_ROWS - 1) / TILE_ROWS;
     int64_t from = tiles * part / wanted * TILE_ROWS, to = tiles * (part + 1) / wanted * TILE_ROWS;
-    multiply(&product, from, to < product.n ? to : product.n);
+    multiply_rows(&product, from, to < product.n ? to : product.n);
 }
 
 static void *work(void *arg) {
@@ -132,9 +105,9 @@ static void *work(void *arg) {
     return NULL;
 }
 
-static void run(const Product *p, int threads) {
+void multiply(const Product *p, int threads) {
     if (threads <= 1 || p->n * p->k < 1 << 18) {
-        multiply(p, 0, p->n);
+        multiply_rows(p, 0, p->n);
         return;
     }
     pthread_mutex_lock(&calls);
@@ -155,49 +128,4 @@ static void run(const Product *p, int threads) {
     pthread_mutex_unlock(&calls);
 }
 
-static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    if (count != 9) {
-        PyErr_SetString(PyExc_TypeError, "linear(x, w, bias, y, m, n, k, is_half, threads)");
-        return NULL;
-    }
-    unsigned long long v[9];
-    for (int i = 0; i < 9; i++) {
-        v[i] = PyLong_AsUnsignedLongLong(args[i]);
-        if (v[i] == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
-    }
-    Product p = {(const float *)v[0], (const char *)v[1], (const float *)v[2], (float *)v[3],
-                 (int64_t)v[4],       (int64_t)v[5],      (int64_t)v[6],       (int)v[7]};
-    int threads = v[8] < MAX_THREADS ? (int)v[8] : MAX_THREADS;
-    Py_BEGIN_ALLOW_THREADS
-    run(&p, threads);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-static PyObject *is_supported(PyObject *self, PyObject *none) {
-    __builtin_cpu_init();
-    return PyBool_FromLong(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c"));
-}
-
-#else
-
-static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    PyErr_SetString(PyExc_NotImplementedError, "no kernels for this processor");
-    return NULL;
-}
-
-static PyObject *is_supported(PyObject *self, PyObject *none) { Py_RETURN_FALSE; }
-
 #endif
-
-static PyMethodDef methods[] = {
-    {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL,
-     "linear(x, w, bias, y, m, n, k, is_half, threads): y[m, n] = x[m, k] w[n, k]^T + bias, by address."},
-    {"is_supported", is_supported, METH_NOARGS, "Whether this processor can run `linear`."},
-    {NULL, NULL, 0, NULL},
-};
-
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
-
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
