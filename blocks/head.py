@@ -1,5 +1,6 @@
 """The two ends of a model, which a client holds: tokenizer, embeddings, final norm and head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class Head:
         self._module = module
         self._embedding = module.get_input_embeddings()
         self._dtype = dtype
+        self._to_logits = self._fastest()
         self.tokenizer = tokenizer
         self.generation_config = generation_config
 
@@ -42,9 +44,25 @@ class Head:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states of the last block [tokens, hidden] to float32 logits [tokens, vocabulary] on CPU."""
-        place = self._embedding.weight.device
-        out = self._module(inputs_embeds=hidden[None].to(place, self._dtype), use_cache=False)
-        return out.logits[0].float().cpu()
+        hidden = hidden[None].to(self._embedding.weight.device, self._dtype)
+        return self._to_logits(hidden)[0].float().cpu()
+
+    @torch.inference_mode()
+    def _fastest(self) -> Callable[[Tensor], Tensor]:
+        """The plain way where the model does no more, found out by trying: some scale or cap their logits."""
+        rng = torch.Generator().manual_seed(0)
+        some = torch.randn(1, 2, self._embedding.weight.shape[1], generator=rng)
+        some = some.to(self._embedding.weight.device, self._dtype)
+        return self._plainly if torch.equal(self._plainly(some), self._by_model(some)) else self._by_model
+
+    def _plainly(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._module.get_output_embeddings()(self._module.get_decoder().norm(hidden))
+        return logits
+
+    def _by_model(self, hidden: Tensor) -> Tensor:
+        """As the model's own forward does it, which takes a millisecond more."""
+        logits: Tensor = self._module(inputs_embeds=hidden, use_cache=False).logits
+        return logits
 
 
 def _tokenizer(model: Model) -> Any:
