@@ -43,6 +43,14 @@ class Slab(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def addresses(self, states: Tensor) -> tuple[int, int]:
+        """Where keys and values lie; made like `states`, [1, kv_heads, any, dim], if nothing was held yet."""
+        if not self.is_initialized:
+            self.lazy_initialization(states, states)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys.data_ptr(), self.values.data_ptr()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
@@ -60,32 +68,30 @@ class SessionKV(Cache):
     """
 
     def __init__(self, blocks: Span, capacity: int):
-        super().__init__(layers=[Slab(capacity) for _ in range(blocks.end)])
+        slabs = [Slab(capacity) for _ in range(blocks.end)]
+        super().__init__(layers=list(slabs))
         self.blocks = blocks
+        self._slabs = slabs[blocks.start :]
         self.capacity = capacity
         self._addresses: Tensor | None = None
 
     @property
     def length(self) -> int:
-        return self.layers[self.blocks.start].length
+        return self._slabs[0].length
 
     def roll_back(self, length: int) -> None:
         """Forget every position from `length` on; a no-op when the session is shorter."""
-        for slab in self.layers:
+        for slab in self._slabs:
             slab.length = min(slab.length, length)
 
     def grow(self, tokens: int) -> None:
         """Count `tokens` whose keys and values were written to the slabs directly."""
-        for slab in self.layers[self.blocks.start :]:
+        for slab in self._slabs:
             slab.length += tokens
 
     def addresses(self, kv_heads: int, dim: int, like: Tensor) -> Tensor:
         """Where keys and values of each used block lie, [blocks, 2]; they never move."""
         if self._addresses is None:
-            used = self.layers[self.blocks.start :]
-            for slab in used:
-                if not slab.is_initialized:
-                    states = like.new_empty(1, kv_heads, 0, dim)
-                    slab.lazy_initialization(states, states)
-            self._addresses = torch.tensor([[slab.keys.data_ptr(), slab.values.data_ptr()] for slab in used])
+            states = like.new_empty(1, kv_heads, 0, dim)
+            self._addresses = torch.tensor([slab.addresses(states) for slab in self._slabs])
         return self._addresses

@@ -110,10 +110,9 @@ def _blocks(
 
 def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted: set[str]) -> None:
     """Give the parameters `wanted` of `module` their values, converted as transformers would."""
+    mapping: Any = get_model_conversion_mapping(module)
     plan = LoadStateDictConfig(
-        device_map={"": str(device)},
-        dtype=next(module.parameters()).dtype,
-        weight_mapping=get_model_conversion_mapping(module),
+        device_map={"": str(device)}, dtype=next(module.parameters()).dtype, weight_mapping=mapping
     )
     with _no_progress_bars():
         loaded, _ = convert_and_load_state_dict_in_model(module, tensors, plan)

@@ -10,8 +10,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar, Unpack
 
-from swarm.client.facade import Chat, Message, Options, Swarm
+from swarm.client.facade import Chat, Message, Swarm
 from swarm.client.generation import Generation, TextStream
+from swarm.client.options import Options
 from swarm.client.peers import PeerReport
 from swarm.client.route import Route
 from swarm.errors import SwarmError

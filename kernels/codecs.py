@@ -45,7 +45,7 @@ def from_wire(data: memoryview | bytes, shape: tuple[int, ...], dtype: str, code
 
 
 def _view(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def _tensor(data: memoryview | bytes, dtype: torch.dtype) -> Tensor:

@@ -6,16 +6,20 @@ processor has them, many rows through torch's float32 product. Without the nativ
 are packed for torch's own kernel.
 """
 
+from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+native: ModuleType | None
 try:
-    from swarm.kernels import _native as native
+    from swarm.kernels import _native
 except ImportError:
     native = None
+else:
+    native = _native
 
 FEW_ROWS = {torch.float16: 16, torch.float32: 2}
 """Up to how many rows the native loops beat torch, by the dtype of the weights."""
@@ -23,7 +27,7 @@ FEW_ROWS = {torch.float16: 16, torch.float32: 2}
 
 def has_native() -> bool:
     """Whether the native loops were built and this processor runs them."""
-    return native is not None and native.is_supported()
+    return native is not None and bool(native.is_supported())
 
 
 def can_keep_half() -> bool:
@@ -50,6 +54,7 @@ class LeanLinear(nn.Module):
         rows = x.numel() // self.in_features
         if rows > self._few_rows or not rows:
             return linear(x, self.weight.float(), self.bias)
+        assert native is not None
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
         bias = 0 if self.bias is None else self.bias.data_ptr()
