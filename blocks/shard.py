@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from swarm.blocks.architecture import ends_model, load_config, span_model
 from swarm.blocks.checkpoint import Checkpoint
+from swarm.blocks.heap import give_back_freed_memory
 from swarm.blocks.models import Model
 from swarm.blocks.precision import Precision
 from swarm.errors import InputError
@@ -54,6 +55,7 @@ def load_span(
         _place(module, tensors, device, wanted)
         tensors.clear()
         _make_lean(module.layers[index], precision)
+        give_back_freed_memory()
         on_progress((index + 1) / span.size)
     return module.to(device).requires_grad_(False)
 
@@ -116,7 +118,7 @@ def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted
     )
     with _no_progress_bars():
         loaded, _ = convert_and_load_state_dict_in_model(module, tensors, plan)
-    for name, found, expected in loaded.mismatched_keys:
+    for name, found, expected in sorted(loaded.mismatched_keys):
         raise InputError(
             f"The tensor '{name}' has shape {list(found)}, but the model's config asks for {list(expected)}.",
             "The config.json and the weights are not of the same model: get both again.",

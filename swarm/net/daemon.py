@@ -6,6 +6,7 @@ itself when this process is gone. Does not know what is sent through it, and doe
 
 import asyncio
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT = 15.0
 STOP_TIMEOUT = 3.0
 _READY = "Peer ID:"
+_CONFIG = {"Relay": {"Enabled": False}}
+"""What differs from the daemon's own defaults before its options are applied: it would relay for everybody,
+even with `-relay=0`, and keep a table of the internet's networks for that (30 MB)."""
 _BROKEN_INSTALLATION = "Install it again: pip install --force-reinstall hivemind"
 
 
@@ -47,10 +51,11 @@ class Daemon:
             TransportError: it cannot be started, ended at once, or was not ready within `START_TIMEOUT`.
         """
         folder = Path(tempfile.mkdtemp(prefix="swarm-"))  # mode 0700: nobody else may control the daemon
-        key = folder / "identity"
+        key, config = folder / "identity", folder / "config.json"
         try:
             identity.save(key)
-            daemon = cls(await _spawn(folder, key, options), folder)
+            config.write_text(json.dumps(_CONFIG))
+            daemon = cls(await _spawn(folder, [f"-f={config}", f"-id={key}", *options]), folder)
             try:
                 await daemon._until_ready()
             except BaseException:
@@ -60,6 +65,7 @@ class Daemon:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         key.unlink()
+        config.unlink()
         return daemon
 
     @property
@@ -120,12 +126,11 @@ class Daemon:
                 self._is_ready.set()
 
 
-async def _spawn(folder: Path, key: Path, options: Sequence[str]) -> asyncio.subprocess.Process:
+async def _spawn(folder: Path, options: Sequence[str]) -> asyncio.subprocess.Process:
     program = _program()
     try:
         return await asyncio.create_subprocess_exec(
             program,
-            f"-id={key}",
             f"-listen=/unix{folder / 'control.sock'}",
             "-idleTimeout=30s",
             *options,

@@ -176,10 +176,20 @@ async def test_random_bytes_harm_nobody(server, client, caplog):
     assert not caplog.records
 
 
+async def found_by_routing(client, peer):
+    """A stream to a peer that has just come: those in between learn of it a moment later."""
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                return await client.open_stream(peer.peer)
+            except PeerUnreachable:
+                await asyncio.sleep(0.02)
+
+
 async def test_a_third_peer_is_found_by_routing_and_by_address(server, client):
     async with await start(await server.transport.addresses()) as third:
         await third.listen(echo)
-        stream = await client.open_stream(third.peer)
+        stream = await found_by_routing(client, third)
         await stream.send(b"by routing")
         assert (await stream.receive())[0] == b"by routing"
     async with await start() as stranger:
@@ -187,6 +197,12 @@ async def test_a_third_peer_is_found_by_routing_and_by_address(server, client):
         stream = await client.open_stream(stranger.peer, ["nonsense", *await stranger.addresses()])
         await stream.send(b"by address")
         assert (await stream.receive())[0] == b"by address"
+
+
+async def test_a_peer_relays_for_nobody_unless_asked(server, client, monkeypatch):
+    monkeypatch.setattr(libp2p, "PROTOCOL", "/libp2p/circuit/relay/0.2.0/hop")
+    with pytest.raises(PeerUnreachable, match=r"does not speak /libp2p/circuit/relay/0\.2\.0/hop"):
+        await client.open_stream(server.transport.peer)
 
 
 async def test_who_cannot_be_reached_costs_no_connection(server, client):
