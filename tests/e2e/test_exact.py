@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ async def three_servers(folder: Path, dtype: str) -> AsyncIterator[tuple[list[Se
         await stop_all(servers)
 
 
-async def answers(client: Swarm) -> list[list[int]]:
+async def answers(client: Swarm, prompts: Sequence[str] = PROMPTS) -> list[list[int]]:
     """All prompts at once: sessions share the servers."""
-    streams = [client.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
+    streams = [client.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True) for prompt in prompts]
     return [list(answer.token_ids) for answer in await asyncio.gather(*(one.result() for one in streams))]
 
 
@@ -93,13 +93,12 @@ async def test_greedy_tokens_equal_those_of_transformers(expected: list[list[int
 async def test_half_precision_weights_choose_the_same_tokens_here(
     expected: list[list[int]], tmp_path: Path
 ) -> None:
-    """The checkpoint's 16-bit weights lose next to nothing as float16: one prompt in eight may differ."""
+    """The checkpoint's 16-bit weights lose next to nothing as float16."""
     async with (
         three_servers(tmp_path, "float16") as (_, addresses),
         swarm.connect(addresses, dtype="float16") as client,
     ):
-        got = await answers(client)
-    assert sum(ours == theirs for ours, theirs in zip(got, expected, strict=True)) >= len(PROMPTS) - 1
+        assert await answers(client, PROMPTS[:3]) == expected[:3]
 
 
 async def test_a_server_killed_during_an_answer_is_named_in_one_sentence(tmp_path: Path) -> None:
