@@ -32,7 +32,7 @@ types: $(VENV)/test.stamp
 	cd build/types && "$(CURDIR)/$(RUN)" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p swarm
 
 unit: $(VENV)/test.stamp
-	$(RUN) -m pytest tests/unit
+	$(RUN) -m pytest -n 2 --dist loadfile tests/unit
 
 e2e: $(VENV)/test.stamp
 	$(RUN) -m pytest tests/e2e

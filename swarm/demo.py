@@ -79,7 +79,7 @@ async def _prompt(given: str | None) -> str | None:
         if sys.stdin.isatty():
             return None
         lines = await _imported("swarm.client.lines")
-        prompt = "".join([line async for line in lines.stream_lines(sys.stdin)])
+        prompt = "".join([line async for line in lines.stream_lines(sys.stdin)]).removesuffix("\n")
     if not prompt.strip():
         raise InputError("The prompt is empty.", "Give some text, as an argument or on standard input.")
     return prompt

@@ -1,17 +1,32 @@
 """What all tests share: one compute thread, no leftover tasks or processes, ports from the system."""
 
+import gc
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: many test processes share few cores
 
 import psutil
 import pytest
+from hypothesis import settings
+
+gc.disable()  # until all is imported: what torch brings is large, and none of it is garbage
+settings.register_profile("unit", max_examples=50, deadline=None, database=None)
+settings.load_profile("unit")
 
 LEAVE_TIMEOUT = 5.0
 """Seconds that processes which were told to end may still be seen for."""
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over all that was imported, each time it looks for garbage of the tests."""
+    gc.freeze()
+    gc.enable()
 
 
 class _Complaints(logging.Handler):
@@ -54,3 +69,17 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """The tiny checkpoint of a family, in several files, and the model in it: made once, to be read only."""
+
+    @cache
+    def checkpoint(family: str) -> tuple[Path, Any]:
+        from tests.tiny import tiny_checkpoint  # needs torch, which many tests do without
+
+        folder = tmp_path_factory.mktemp(family)
+        return folder, tiny_checkpoint(folder, family, shard_size="20KB")
+
+    return checkpoint

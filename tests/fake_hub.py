@@ -55,6 +55,7 @@ def _lfs(name: str, data: bytes) -> dict[str, Any]:
 def serving(hub: FakeHub) -> Iterator[FakeHub]:
     class Answer(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a body would wait for the receipt of its headers
 
         def do_HEAD(self) -> None:
             self.answer(with_body=False)
@@ -93,7 +94,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.002})
     thread.start()
     try:
         yield hub

@@ -93,3 +93,14 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
         )
     return out[0, len(prompt) :].tolist()
+
+
+def greedy_choices(model: Any, prompt: list[int], answer: list[int]) -> list[int]:
+    """What `model` finds likeliest at each place of `answer`, given all before it, in one pass without KV.
+
+    It equals `answer` if and only if the model, continuing `prompt` greedily, gives that answer.
+    """
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].argmax(-1).tolist()

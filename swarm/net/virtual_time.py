@@ -94,13 +94,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return Deadlock(f"Nothing can ever happen again, and these tasks wait: {waiting or 'none'}.")
 
 
-class VirtualTimePolicy(asyncio.DefaultEventLoopPolicy):
-    """Makes every new loop a virtual one, for what asks asyncio's policy for its loops."""
-
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return VirtualTimeLoop()
-
-
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on a virtual clock."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:

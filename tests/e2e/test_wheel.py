@@ -9,6 +9,7 @@ import time
 import tomllib
 import venv
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ ROOT = Path(__file__).parents[2]
 STARTS = 5
 HELP_TIMEOUT = 0.5
 """Seconds in which `--help` answers; the best of `STARTS`, since other work may slow some of them."""
+
+BUILT = ("__pycache__", "*.so")
+"""What building leaves in the tree, and what is never packed from there."""
+
+COMPILED = "native"
+"""The folder of C sources, which the wheel carries compiled."""
 
 COMMANDS = [
     ["swarm.demo"],
@@ -41,10 +48,10 @@ def folders() -> dict[str, Path]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the tree, so that nothing built earlier gets into it."""
     copy, target = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
     for folder in folders().values():
-        shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns(*BUILT))
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), str(copy)],
         check=True,
@@ -70,14 +77,25 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_files_of_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name and not is_built(name)}
     in_tree = {
         f"{name}/{file.relative_to(folder)}"
         for name, folder in folders().items()
         for file in folder.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and COMPILED not in file.parts and not is_built(file)
     }
     assert packed == in_tree
+
+
+def is_built(file: Path | str) -> bool:
+    return any(fnmatch(part, pattern) for part in Path(file).parts for pattern in BUILT)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="without a compiler the wheel has no native kernels")
+def test_the_wheel_holds_the_native_kernels(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (native,) = [name for name in archive.namelist() if name.endswith(".so")]
+    assert native.startswith("swarm/kernels/_native.")
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from swarm import cli
 from swarm.client import chat as chat_room
+from swarm.client.__main__ import main
 from swarm.client.chat import run_chat
 from swarm.client.generate import answer, read_prompt
 from swarm.client.lines import LEAVE_HINT, terminal_lines
@@ -209,31 +211,26 @@ def test_waiting_is_said_once_for_each_reason(capsys: Any) -> None:
     assert capsys.readouterr().err.count("Waiting.") == 2
 
 
-@pytest.fixture
-def unset_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SWARM_INITIAL_PEERS", raising=False)
-
-
-def client(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "swarm.client", *arguments]
-    return subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("command", [[], ["chat"], ["generate"], ["peers"]])
-def test_help_is_light(command: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from swarm.client.__main__ import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'transformers', 'hivemind', 'rich', 'msgspec'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, timeout=60
-    )
+def test_help_is_light() -> None:
+    code = """
+import sys
+from swarm.client.__main__ import main
+for command in ([], ["chat"], ["generate"], ["peers"]):
+    try: main([*command, "--help"])
+    except SystemExit as end: assert end.code == 0
+heavy = {"torch", "transformers", "hivemind", "rich", "msgspec"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout
+    assert done.stdout.count("usage: ") == 4
+
+
+def test_the_exit_code_is_that_of_the_process() -> None:
+    command = [sys.executable, "-m", "swarm.client", "serve"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -250,11 +247,19 @@ def test_help_is_light(command: list[str]) -> None:
         ([], "error: "),
     ],
 )
-@pytest.mark.usefixtures("unset_peers")
-def test_mistakes_are_one_sentence_and_exit_code_two(arguments: list[str], said: str) -> None:
-    done = client(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert "hint: " in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_mistakes_are_one_sentence_and_exit_code_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.delenv("SWARM_INITIAL_PEERS", raising=False)
+    monkeypatch.setattr(cli, "configure_logging", lambda verbose: None)
+    typed(monkeypatch)
+    try:
+        code: object = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert said in err
+    assert "hint: " in err
+    assert "Traceback" not in err
+    assert out == ""

@@ -19,7 +19,7 @@ from swarm.blocks.sources import ALIASES, cache_folder
 from swarm.errors import InputError, SwarmError
 from swarm.spans import Span
 from tests.fake_hub import FakeHub, serving
-from tests.tiny import SPECIAL, tiny_checkpoint
+from tests.tiny import SPECIAL
 from tests.tiny_gguf import tiny_llama, write_package
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 32}
@@ -72,9 +72,8 @@ def test_equal_models_meet_whatever_they_are_called(tmp_path, cache):
 
 
 @pytest.mark.parametrize("family", SPECIAL)
-def test_every_family_is_found_in_what_transformers_saves(tmp_path, cache, family):
-    tiny_checkpoint(tmp_path / "m", family, shard_size="20KB")
-    model = resolve(str(tmp_path / "m"), cache_dir=cache)
+def test_every_family_is_found_in_what_transformers_saves(checkpoint_of, cache, family):
+    model = resolve(str(checkpoint_of(family)[0]), cache_dir=cache)
 
     assert model.checkpoint.is_indexed
     assert all(model.checkpoint.block_tensors(Span(0, model.num_blocks)).values())

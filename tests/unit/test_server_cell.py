@@ -8,7 +8,7 @@ import pytest
 
 from swarm.dht.announcement import PeerState, Throughput
 from swarm.errors import InputError
-from swarm.net.virtual_time import VirtualTimePolicy
+from swarm.net.virtual_time import in_virtual_time
 from swarm.server.cell import (
     MAX_RETRY,
     MIN_RETRY,
@@ -27,11 +27,6 @@ from tests.fake_engine import FakeEngine
 SPAN = Span(2, 4)
 STATES: tuple[PeerState, ...] = get_args(PeerState)
 LEGAL = {("joining", "serving"), ("joining", "left"), ("serving", "draining"), ("draining", "left")}
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> VirtualTimePolicy:
-    return VirtualTimePolicy()
 
 
 @pytest.mark.parametrize(("phase", "to"), sorted(LEGAL))
@@ -64,6 +59,7 @@ def test_the_wait_follows_the_rate_within_bounds(progress: float, elapsed: float
     assert estimate_wait(progress, elapsed) == pytest.approx(wait)
 
 
+@in_virtual_time
 async def test_filling_reports_progress_and_ends_in_serving() -> None:
     engine = FakeEngine()
     seen: list[tuple[str, float]] = []
@@ -82,6 +78,7 @@ async def test_filling_reports_progress_and_ends_in_serving() -> None:
     assert cell.throughput == Throughput(decode=100.0, prefill=1000.0)
 
 
+@in_virtual_time
 async def test_progress_may_be_reported_from_a_thread() -> None:
     async def load(on_progress: OnProgress) -> FakeEngine:
         await asyncio.to_thread(on_progress, 0.5)
@@ -93,6 +90,7 @@ async def test_progress_may_be_reported_from_a_thread() -> None:
     await cell.fill()
 
 
+@in_virtual_time
 async def test_retry_after_counts_from_the_begin_of_loading() -> None:
     async def load(on_progress: OnProgress) -> FakeEngine:
         await asyncio.sleep(4)
@@ -106,6 +104,7 @@ async def test_retry_after_counts_from_the_begin_of_loading() -> None:
     await cell.fill()
 
 
+@in_virtual_time
 async def test_a_shard_that_cannot_be_loaded_leaves_the_cell_empty() -> None:
     async def load(on_progress: OnProgress) -> FakeEngine:
         on_progress(0.5)
@@ -117,6 +116,7 @@ async def test_a_shard_that_cannot_be_loaded_leaves_the_cell_empty() -> None:
     assert (cell.phase, cell.engine) == ("joining", None)
 
 
+@in_virtual_time
 async def test_cancelling_the_filling_stops_the_loading_thread() -> None:
     reports: list[OnProgress] = []
 
@@ -135,6 +135,7 @@ async def test_cancelling_the_filling_stops_the_loading_thread() -> None:
         reports[0](0.5)
 
 
+@in_virtual_time
 async def test_closing_empties_the_cell_and_may_be_repeated() -> None:
     engine = FakeEngine()
 

@@ -16,7 +16,7 @@ from swarm.net.calls import MessageStream, Refused, ping
 from swarm.net.memory import MemoryNetwork
 from swarm.net.messages import Close, Closed, Open, Opened, Pong, Result, Step
 from swarm.net.transport import FrameError, Stream, StreamClosed
-from swarm.net.virtual_time import VirtualTimePolicy
+from swarm.net.virtual_time import in_virtual_time
 from swarm.net.wire import Link
 from swarm.server.admission import Limits
 from swarm.server.cell import OnProgress, ShardCell
@@ -27,11 +27,6 @@ from tests.fake_engine import FakeEngine
 SPAN = Span(2, 4)
 HIDDEN = 3
 ONE, TWO = "1" * 32, "2" * 32
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> VirtualTimePolicy:
-    return VirtualTimePolicy()
 
 
 @dataclass
@@ -108,6 +103,7 @@ async def refusal(client: MessageStream, message: Any, body: bytes = b"") -> mes
     return refused.value.error
 
 
+@in_virtual_time
 async def test_a_session_from_open_to_close() -> None:
     async with hosting() as host:
         client = await host.client()
@@ -134,6 +130,7 @@ async def test_a_session_from_open_to_close() -> None:
         assert host.engine.kv_tokens_left == 1000
 
 
+@in_virtual_time
 async def test_two_sessions_interleaved() -> None:
     async with hosting() as host:
         host.engine.seconds = 1.0
@@ -158,6 +155,7 @@ async def test_two_sessions_interleaved() -> None:
         (Close(session_id=ONE), b"", "unknown_session"),
     ],
 )
+@in_virtual_time
 async def test_what_is_refused_before_a_session_is_open(message: Any, body: bytes, code: str) -> None:
     async with hosting() as host:
         client = await host.client()
@@ -165,6 +163,7 @@ async def test_what_is_refused_before_a_session_is_open(message: Any, body: byte
         assert isinstance(await ask(client, opening()), Opened), "the stream stays usable"
 
 
+@in_virtual_time
 async def test_a_step_without_a_session_ends_its_stream_before_its_body_is_taken() -> None:
     async with hosting() as host:
         client = await host.client()
@@ -188,6 +187,7 @@ async def test_a_step_without_a_session_ends_its_stream_before_its_body_is_taken
         (Close(session_id=TWO), b"", "unknown_session"),
     ],
 )
+@in_virtual_time
 async def test_what_is_refused_inside_a_session_leaves_it_usable(
     message: Any, body: bytes, code: str
 ) -> None:
@@ -198,6 +198,7 @@ async def test_what_is_refused_inside_a_session_leaves_it_usable(
         assert isinstance(await ask(client, stepping(0, 1), values(1)), Result)
 
 
+@in_virtual_time
 async def test_a_full_server_says_when_to_come_back() -> None:
     async with hosting() as host:
         await ask(await host.client("a"), opening(ONE, max_tokens=900))
@@ -205,6 +206,7 @@ async def test_a_full_server_says_when_to_come_back() -> None:
         assert (error.code, error.retry_after) == ("no_capacity", 5.0)
 
 
+@in_virtual_time
 async def test_a_peer_may_have_only_so_many_sessions() -> None:
     async with hosting(sessions_per_peer=1) as host:
         first = await host.client("a")
@@ -215,6 +217,7 @@ async def test_a_peer_may_have_only_so_many_sessions() -> None:
         assert isinstance(await ask(await host.client("b"), opening(TWO)), Opened)
 
 
+@in_virtual_time
 async def test_a_session_id_in_use_is_refused() -> None:
     async with hosting() as host:
         await ask(await host.client("a"), opening(ONE))
@@ -223,6 +226,7 @@ async def test_a_session_id_in_use_is_refused() -> None:
         assert host.engine.sessions == {ONE: 20}
 
 
+@in_virtual_time
 async def test_who_comes_early_is_told_to_wait_and_pings_are_answered() -> None:
     async with hosting(is_filled=False) as host:
         client = await host.client()
@@ -234,6 +238,7 @@ async def test_who_comes_early_is_told_to_wait_and_pings_are_answered() -> None:
         assert isinstance(await ask(client, opening()), Opened)
 
 
+@in_virtual_time
 async def test_a_disconnect_frees_the_session() -> None:
     async with hosting() as host:
         client = await host.client()
@@ -243,6 +248,7 @@ async def test_a_disconnect_frees_the_session() -> None:
         assert not host.engine.sessions
 
 
+@in_virtual_time
 async def test_a_disconnect_during_a_step_frees_the_session_when_the_step_is_done() -> None:
     async with hosting() as host:
         client = await host.client()
@@ -255,6 +261,7 @@ async def test_a_disconnect_during_a_step_frees_the_session_when_the_step_is_don
         assert not host.engine.sessions
 
 
+@in_virtual_time
 async def test_an_idle_session_is_freed() -> None:
     async with hosting(idle=600.0) as host:
         client = await host.client()
@@ -269,6 +276,7 @@ async def test_an_idle_session_is_freed() -> None:
             await client.call(stepping(1, 1), values(1), timeout=5)
 
 
+@in_virtual_time
 async def test_a_peer_that_does_not_read_its_answers_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swarm.net.wire.WINDOW_BYTES", 500)
     async with hosting(send=60.0) as host:
@@ -286,6 +294,7 @@ async def ask_without_reading(stream: Stream) -> None:
         await stream.send(messages.encode(messages.Ping(nonce=1)))
 
 
+@in_virtual_time
 async def test_draining_lets_the_running_step_end_and_takes_no_new_one() -> None:
     async with hosting() as host:
         busy, idle = await host.client("a"), await host.client("b")
@@ -306,6 +315,7 @@ async def test_draining_lets_the_running_step_end_and_takes_no_new_one() -> None
             await ask(idle, messages.Ping(nonce=1))
 
 
+@in_virtual_time
 async def test_draining_waits_only_so_long() -> None:
     async with hosting() as host:
         client = await host.client()
@@ -321,6 +331,7 @@ async def test_draining_waits_only_so_long() -> None:
             await running
 
 
+@in_virtual_time
 async def test_a_failed_step_is_answered_and_the_session_ends_where_it_began() -> None:
     async with hosting() as host:
         client = await host.client()
@@ -332,6 +343,7 @@ async def test_a_failed_step_is_answered_and_the_session_ends_where_it_began() -
         assert isinstance(await ask(client, stepping(2, 1), values(1)), Result)
 
 
+@in_virtual_time
 async def test_a_bug_of_ours_is_answered_and_logged_with_session_and_peer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -360,6 +372,7 @@ async def test_a_bug_of_ours_is_answered_and_logged_with_session_and_peer(
         (messages.encode(messages.Ping(nonce=1)), b"x"),
     ],
 )
+@in_virtual_time
 async def test_a_malformed_frame_ends_that_stream_with_the_reason_and_nothing_else(
     header: bytes, body: bytes
 ) -> None:
@@ -380,6 +393,7 @@ async def test_a_malformed_frame_ends_that_stream_with_the_reason_and_nothing_el
         assert isinstance(await ask(good, stepping(0, 1), values(1)), Result)
 
 
+@in_virtual_time
 async def test_a_body_larger_than_the_session_can_use_is_not_taken() -> None:
     async with hosting() as host:
         stream = await host.stream()
@@ -392,6 +406,7 @@ async def test_a_body_larger_than_the_session_can_use_is_not_taken() -> None:
         assert not host.engine.sessions
 
 
+@in_virtual_time
 async def test_every_message_gets_one_answer_in_order() -> None:
     async with hosting() as host:
         stream = await host.stream()
@@ -405,6 +420,7 @@ async def test_every_message_gets_one_answer_in_order() -> None:
 
 
 @pytest.mark.parametrize("at", [0.005, 0.015, 0.025, 1.0, 2.0, 3.0, 3.015])
+@in_virtual_time
 async def test_ending_the_server_at_any_time_frees_everything(at: float) -> None:
     async with hosting() as host:
         host.engine.seconds = 1.0

@@ -66,7 +66,7 @@ async def test_split_spans_continue_as_the_whole_model_does(family, checkpoint_o
     servers, head = await engines(model), Head.load(model, "float32")
     for server in servers:
         server.open_session("s", server.span, 128)
-    assert await continuation(servers, head, PROMPT, 24) == greedy(reference, PROMPT, 24)
+    assert await continuation(servers, head, PROMPT, 16) == greedy(reference, PROMPT, 16)
     hidden = await run(servers, head.embed(torch.tensor(PROMPT)), 0)
     with torch.inference_mode():
         expected = reference(torch.tensor([PROMPT])).logits[0]
