@@ -26,8 +26,8 @@ lint: $(VENV)/test.stamp
 
 # Types are checked where the rooms are one package: in the unpacked wheel.
 types: $(VENV)/test.stamp
-	rm -rf build
-	$(RUN) -m build --no-isolation --outdir build/dist . > /dev/null
+	rm -rf build && mkdir build
+	$(RUN) -m build --no-isolation --outdir build/dist . > build/log 2>&1 || { cat build/log; exit 1; }
 	$(RUN) -m zipfile -e build/dist/*.whl build/types
 	cd build/types && "$(CURDIR)/$(RUN)" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p swarm
 
@@ -37,7 +37,7 @@ unit: $(VENV)/test.stamp
 e2e: $(VENV)/test.stamp
 	$(RUN) -m pytest tests/e2e
 
-$(VENV)/demo.stamp: pyproject.toml constraints.txt
+$(VENV)/demo.stamp: pyproject.toml constraints.txt $(wildcard kernels/native/*)
 	@echo "Setting up the environment in $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt setuptools
@@ -50,4 +50,4 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist swarm_llm.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist kernels/*.so swarm_llm.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

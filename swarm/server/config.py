@@ -53,7 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--blocks", metavar="A:B", type=_span, help="serve blocks A to B-1; default: all blocks of the model"
     )
     what.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="numbers to compute in; default: %(default)s"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="numbers to compute in; auto keeps 16-bit weights as they are (on a CPU as float16, computing in"
+        " float32; on a GPU in the checkpoint's own dtype) and takes float32 otherwise",
     )
     what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     what.add_argument(
