@@ -6,6 +6,7 @@ coroutine to `run` and gets an exit code back.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -222,6 +223,8 @@ def run(main: CommandMain, args: argparse.Namespace) -> int:
         return EXIT_TERMINATED
     except Exception as error:
         return _report(error, as_json=args.json)
+    finally:
+        gc.freeze()  # else the interpreter searches all of torch for garbage as it ends, for seconds
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -335,7 +335,7 @@ async def test_closing_leaves_nothing_behind(tmp_path, monkeypatch):
     await transport.close()
     assert process.returncode is not None
     assert not os.listdir(tmp_path)
-    assert asyncio.all_tasks() == before
+    assert asyncio.all_tasks() <= before
 
 
 async def test_hivemind_leaves_logging_alone():
