@@ -12,7 +12,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
-import asyncio
 import json
 import platform
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import psutil
 import torch
+import uvloop
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = asyncio.run(measure(args))
+    result = uvloop.run(measure(args))
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
