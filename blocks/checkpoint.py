@@ -76,20 +76,6 @@ class TensorEntry:
         return self.end - self.start
 
 
-def check_shape(entry: TensorEntry, expected: Sequence[int]) -> None:
-    """Refuse a tensor that does not fit the module it is meant for.
-
-    Raises:
-        InputError: the shapes differ.
-    """
-    if entry.shape != tuple(expected):
-        raise InputError(
-            f"The tensor '{entry.name}' in {entry.file} has shape {list(entry.shape)}, "
-            f"but the model's config asks for {list(expected)}.",
-            "The config.json and the weights are not of the same model: get both again.",
-        )
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensor table of one safetensors file, every entry checked against the file's size.
 

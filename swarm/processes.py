@@ -209,7 +209,7 @@ class ServerProcess:
 
     def _last_words(self) -> str:
         tail = self.log_tail()
-        return f"Its last lines were:\n{tail}" if tail else f"It said nothing more; its log was {self.log}."
+        return f"Its last lines were:\n{tail}" if tail else "It said nothing more."
 
 
 async def stop_all(processes: Iterable[ServerProcess], grace: float = GRACE) -> None:

@@ -14,7 +14,6 @@
 #define TILE_ROWS 2    /* weight rows at once: as many streams from memory */
 #define TILE_INPUTS 4  /* input rows at once: each weight is widened once for all of them */
 #define AHEAD 4096     /* bytes fetched ahead in each stream, past the end of short rows */
-#define MAX_THREADS 64
 #define SPINS 2000
 
 INLINE __m256 load(const char *w, int64_t at, int is_half) {
