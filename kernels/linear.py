@@ -1,9 +1,9 @@
-"""Linear layers for decoding on CPU, where a step is as fast as its weights come from memory.
+"""Linear layers for CPU, where a step on few rows is as fast as its weights come from memory.
 
 A `LeanLinear` keeps its weights as float16 or float32 and computes in float32: float16 halves the memory
-traffic and loses only the rounding of the weights. Few rows go through our native loops where the
-processor has them, many rows through torch's float32 product. Without the native loops float16 weights
-are packed for torch's own kernel.
+traffic and loses only the rounding of the weights. Our native kernels read the weights in panels of rows
+that lie together; what a row of the input gives does not depend on the rows beside it. Without the native
+kernels float16 weights are packed for torch's own.
 """
 
 from types import ModuleType
@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 native: ModuleType | None
 try:
@@ -19,15 +18,15 @@ try:
 except ImportError:
     native = None
 else:
-    native = _native
+    native = _native if _native.instruction_sets() else None
 
-FEW_ROWS = {torch.float16: 16, torch.float32: 2}
-"""Up to how many rows the native loops beat torch, by the dtype of the weights."""
+PANEL = 32
+"""Rows of a weight that the native kernels take together, and tokens of a page."""
 
 
 def has_native() -> bool:
-    """Whether the native loops were built and this processor runs them."""
-    return native is not None and bool(native.is_supported())
+    """Whether the native kernels were built and this processor runs them."""
+    return native is not None
 
 
 def can_keep_half() -> bool:
@@ -36,40 +35,48 @@ def can_keep_half() -> bool:
 
 
 class LeanLinear(nn.Module):
-    """`nn.Linear` on CPU with float32 activations and sums; weights [out, in] as `dtype`."""
+    """`nn.Linear` on CPU with float32 activations and sums, and weights in `panels` [panels, in, 32]."""
 
-    weight: Tensor
+    panels: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        """`weight` is [out, in], of any floating dtype; it is kept as `dtype`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight.detach().to(dtype).contiguous())
+        self.register_buffer("panels", in_panels(weight.detach(), dtype))
         self.register_buffer("bias", None if bias is None else bias.detach().float().contiguous())
-        self._few_rows = FEW_ROWS[dtype]
         self._is_half = int(dtype == torch.float16)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], both float32."""
-        rows = x.numel() // self.in_features
-        if rows > self._few_rows or not rows:
-            return linear(x, self.weight.float(), self.bias)
-        assert native is not None
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], self.out_features)
-        bias = 0 if self.bias is None else self.bias.data_ptr()
-        native.linear(
-            x.data_ptr(),
-            self.weight.data_ptr(),
-            bias,
-            out.data_ptr(),
-            rows,
-            self.out_features,
-            self.in_features,
-            self._is_half,
-            torch.get_num_threads(),
-        )
+        assert native is not None
+        assert x.dtype == torch.float32
+        if x.numel():
+            native.multiply(
+                x.data_ptr(),
+                self.panels.data_ptr(),
+                0 if self.bias is None else self.bias.data_ptr(),
+                out.data_ptr(),
+                x.numel() // self.in_features,
+                self.out_features,
+                self.in_features,
+                self._is_half,
+                torch.get_num_threads(),
+            )
         return out
+
+
+def in_panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, in] as the native kernels read it: [panels, in, 32], the last panel filled up with zeros."""
+    rows, columns = weight.shape
+    panels = weight.new_zeros(-(-rows // PANEL), columns, PANEL, dtype=dtype)
+    for at in range(0, rows, PANEL):  # panel by panel, so that no second copy of the weight is made
+        part = weight[at : at + PANEL]
+        panels[at // PANEL, :, : len(part)] = part.T
+    return panels
 
 
 class PackedLinear(nn.Module):
@@ -95,7 +102,7 @@ def lean_linear(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 def make_linears_lean(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace every loaded `nn.Linear` below `module` by `lean_linear`."""
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
+        if type(child) is nn.Linear:  # a subclass computes something else, like a router
             setattr(module, name, lean_linear(child, dtype))
         else:
             make_linears_lean(child, dtype)

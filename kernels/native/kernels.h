@@ -1,4 +1,4 @@
-/* What the native kernels share: the instructions they are compiled for, and their arguments. */
+/* What the native kernels share: their arguments, and the instruction sets they are compiled for. */
 #ifndef SWARM_KERNELS_H
 #define SWARM_KERNELS_H
 
@@ -6,27 +6,21 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(_WIN32)
 #define HAS_KERNELS 1
-#include <immintrin.h>
 #else
 #define HAS_KERNELS 0
 #endif
 
-#if HAS_KERNELS
+#define PANEL 32 /* rows of a weight that lie together, and tokens of a page */
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
-
-/* y = x w^T + bias */
+/* y = x w^T + bias, or y += that. The weight lies in panels: [n / PANEL, k, PANEL], the last one padded. */
 typedef struct {
-    const float *x;     /* [m, k] */
-    const char *w;      /* [n, k], float16 or float32 */
-    const float *bias;  /* [n] or NULL */
-    float *y;           /* [m, n] */
+    const float *x;    /* [m, k] */
+    const char *w;     /* float16 or float32 */
+    const float *bias; /* [n] or NULL */
+    float *y;          /* [m, n] */
     int64_t m, n, k;
-    int is_half;
+    int is_half, adds;
 } Product;
-
-void multiply(const Product *p, int threads);
 
 /* One decoder layer: RMS norm, attention with rotary positions, RMS norm, SiLU-gated MLP. */
 typedef struct {
@@ -37,28 +31,49 @@ typedef struct {
     int64_t window; /* positions a query sees, its own included; 0 for all */
 } Layer;
 
-/* Where one layer's keys and values lie: [kv_heads, capacity, dim] each. */
+/* The pages of one block: keys [pages, kv_heads, key_dim, PANEL], values [pages, kv_heads, PANEL, value_stride]. */
 typedef struct {
     float *keys, *values;
-} Slab;
+} Pages;
+
+/* Rows [starts[s], starts[s + 1]) are of segment s, at its positions from firsts[s] on, whose keys and values lie in
+ * the pages tables[s * table_stride ..]. */
+typedef struct {
+    int64_t count, table_stride;
+    const int32_t *starts, *firsts, *tables;
+} Segments;
 
 typedef struct {
-    int64_t rows, hidden, heads, kv_heads, dim, intermediate;
-    int64_t position, capacity; /* of the first row; of the slabs */
-    float eps, scale;
+    int64_t heads, kv_heads, key_dim, value_dim, value_stride;
+    int64_t window, chunk; /* positions a query sees; chunks beyond whose start it does not see; 0 for all */
+    float scale, softcap;  /* scores are bounded to +-softcap; 0 for no bound */
+    const float *sinks;    /* [heads] or NULL */
+} Attention;
+
+typedef struct {
+    int64_t rows, hidden, intermediate;
+    float eps;
     int is_half, threads;
 } Shape;
 
-/* x [rows, hidden] through the layers, in place; keys and values of the rows are appended to the slabs.
- * cos and sin are [rows, dim]. Returns 0, or -1 where there is no memory for the scratch space. */
-int decode(const Layer *layers, const Slab *slabs, int64_t count, const Shape *shape, float *x, const float *cos,
-           const float *sin);
+/* The same kernels for each instruction set; they give the same values, bit for bit. Functions that need scratch space
+ * return 0, or -1 where there is no memory for it. */
+typedef struct {
+    int (*multiply)(const Product *products, int count, int threads);
+    int (*append)(const Attention *a, const Segments *s, const Pages *p, const float *keys, const float *values);
+    int (*attend)(const Attention *a, const Segments *s, const Pages *p, const float *query, float *out, int threads);
+    int (*run_layers)(const Layer *layers, const Pages *pages, int64_t count, const Shape *shape, const Attention *a,
+                      const Segments *s, float *x, const float *cos, const float *sin);
+} Kernels;
 
-INLINE float sum(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
+extern const Kernels avx2_kernels, avx512_kernels;
 
-#endif
+/* pool.c: `work` on all of [0, count), cut evenly among at most `threads` threads. */
+typedef void (*Work)(void *arg, int64_t from, int64_t to);
+void parallel(Work work, void *arg, int64_t count, int threads);
+
+/* pool.c: this thread's scratch space for at least `floats` values, 64-byte aligned; NULL where memory is out. Slot 0 is
+ * for who calls `parallel`, slot 1 for work within a part. */
+float *scratch(int slot, int64_t floats);
+
 #endif

@@ -82,7 +82,7 @@ def two_linears() -> nn.Sequential:
 
 @pytest.mark.skipif(not has_native(), reason="the native loops were not built, or not for this CPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 64, 130])
 def test_lean_linears_compute_in_float32_with_the_rounded_weights(rows, dtype):
     lean, rounded = two_linears(), two_linears()
     for layer in (rounded[0], rounded[1][0]):

@@ -1,7 +1,8 @@
-"""A few tokens of one session through decoder layers of the Llama family in one native call, on CPU.
+"""Rows of many sessions through decoder layers of the Llama family in one native call, on CPU.
 
-On a token or two, the dozens of small operations of a layer take longer than its weights take to come from
-memory. The plain reference is the layer itself: the result is the same up to floating-point rounding.
+On few rows, the dozens of small operations of a layer take longer than its weights take to come from
+memory. The plain reference is the layer itself: the result is the same up to floating-point rounding, and
+for each row the same bit for bit whatever rows are beside it.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swarm.kernels.linear import FEW_ROWS, LeanLinear, native
-
-LANES = 8
-"""Values the native loops take at once: every width is a multiple of it."""
+from swarm.kernels.linear import LeanLinear, native
+from swarm.kernels.pages import Pages, Segments, native_numbers
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class LayerParts:
 
     def tensors(self) -> list[Tensor | None]:
         """In the order of the native struct."""
-        weights = [layer.weight for layer in self.linears]
+        weights = [layer.panels for layer in self.linears]
         biases = [layer.bias for layer in self.linears]
         return [self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, *weights, *biases]
 
@@ -59,68 +58,62 @@ class FusedLayers:
         Raises:
             ValueError: there is no native call here, or it does not take such layers.
         """
-        if native is None or not native.is_supported():
+        if native is None:
             raise ValueError("the native kernels were not built, or not for this processor")
         _check(layers, shape)
         self.shape = shape
-        self.max_rows = FEW_ROWS[layers[0].linears[0].weight.dtype]
         self._layers = layers
-        self._is_half = int(layers[0].linears[0].weight.dtype == torch.float16)
+        self._is_half = int(layers[0].linears[0].panels.dtype == torch.float16)
         self._structs = torch.tensor(
             [[*map(_address, layer.tensors()), layer.window or 0] for layer in layers], dtype=torch.int64
         )
 
     def run(
-        self, first: int, x: Tensor, cos: Tensor, sin: Tensor, slabs: Tensor, position: int, capacity: int
+        self, first: int, x: Tensor, cos: Tensor, sin: Tensor, pages: Sequence[Pages], segments: Segments
     ) -> None:
-        """`x` [rows, hidden] through the layers from `first` on, as many as there are `slabs`; in place.
+        """`x` [rows, hidden] through the layers from `first` on, as many as there are `pages`; in place.
 
-        Args:
-            cos, sin: rotary embeddings [rows, dim]; all three contiguous float32.
-            slabs: addresses [layers, 2] of keys and values, contiguous float32 [kv_heads, capacity, dim].
-            position: of the first row; keys and values of all rows are written from there on.
+        Keys and values of all rows are written to the pages. `cos` and `sin` are rotary embeddings
+        [rows, dim]; all three contiguous float32.
         """
         shape, rows = self.shape, x.shape[0]
         assert native is not None
-        assert first + len(slabs) <= len(self._layers)
-        assert rows <= self.max_rows
-        assert position + rows <= capacity
+        assert first + len(pages) <= len(self._layers)
         assert x.shape == (rows, shape.hidden)
         assert cos.shape == sin.shape == (rows, shape.dim)
         assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (x, cos, sin))
-        native.decode(
+        addresses = torch.tensor([[one.keys.data_ptr(), one.values.data_ptr()] for one in pages])
+        native.run_layers(
+            *native_numbers(pages[0], heads=shape.heads),
+            *segments.numbers,
             self._structs[first].data_ptr(),
-            slabs.data_ptr(),
-            len(slabs),
+            addresses.data_ptr(),
+            len(pages),
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             rows,
             shape.hidden,
-            shape.heads,
-            shape.kv_heads,
-            shape.dim,
             shape.intermediate,
-            position,
-            capacity,
             self._is_half,
             torch.get_num_threads(),
-            shape.eps,
             shape.scale,
+            0.0,
+            shape.eps,
         )
 
 
 def _check(layers: Sequence[LayerParts], shape: LayerShape) -> None:
-    if any(width % LANES for width in (shape.hidden, shape.dim, shape.intermediate)):
-        raise ValueError(f"a width is not a multiple of {LANES}")
     wide, narrow = shape.heads * shape.dim, shape.kv_heads * shape.dim
     sizes = [(wide, shape.hidden), *[(narrow, shape.hidden)] * 2, (shape.hidden, wide)]
     sizes += [*[(shape.intermediate, shape.hidden)] * 2, (shape.hidden, shape.intermediate)]
-    dtype = layers[0].linears[0].weight.dtype
+    dtype = layers[0].linears[0].panels.dtype
+    if shape.dim % 2:
+        raise ValueError("heads of an odd size cannot be rotated in halves")
     for layer in layers:
-        if [tuple(linear.weight.shape) for linear in layer.linears] != sizes:
+        if [(linear.out_features, linear.in_features) for linear in layer.linears] != sizes:
             raise ValueError("the linears do not have the sizes of such a layer")
-        if any(linear.weight.dtype != dtype for linear in layer.linears):
+        if any(linear.panels.dtype != dtype for linear in layer.linears):
             raise ValueError("the linears are not of one dtype")
         norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
         widths = (shape.hidden, shape.hidden, shape.dim, shape.dim)
