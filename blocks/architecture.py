@@ -5,40 +5,19 @@ wanted is dropped. Decoder layers stay as transformers wrote them; attention goe
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+from swarm.blocks.adapted import adapt
+from swarm.blocks.families import FAMILIES
+from swarm.blocks.flat import ATTENTION
 from swarm.errors import InputError
-from swarm.kernels.attention import attend
 from swarm.spans import Span
-
-ATTENTION = "swarm"
-"""Name of our attention function. transformers builds no masks for a name it does not know."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """transformers' interface: one sequence, [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
-    out = attend(
-        query[0], key[0], value[0], scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
-    )
-    return out.transpose(0, 1)[None], None
-
-
-AttentionInterface.register(ATTENTION, _attention)
 
 
 def load_config(path: str) -> PreTrainedConfig:
@@ -61,12 +40,16 @@ def load_config(path: str) -> PreTrainedConfig:
 def span_model(config: PreTrainedConfig, span: Span, dtype: torch.dtype) -> Any:
     """A base model on the meta device that holds only the blocks of `span`, numbered from 0.
 
-    Its `forward(inputs_embeds=[1, tokens, hidden], past_key_values=SessionKV)` runs them; embedding and
+    Its `forward(inputs_embeds=[1, tokens, hidden], past_key_values=FlatBatch)` runs them; embedding and
     final norm pass hidden states through. Rotary embeddings are real: they are not in checkpoints.
     """
+    plain, _ = _without_embedding_factor(config)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=dtype)
-    model.layers = nn.ModuleList(list(model.layers)[span.start : span.end])
+        model = AutoModel.from_config(plain, dtype=dtype)
+        model.layers = nn.ModuleList(list(model.layers)[span.start : span.end])
+        with _default_dtype(dtype):
+            for block, layer in zip(span.blocks, model.layers, strict=True):
+                adapt(layer, model.config, block)
     for module in model.layers.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx -= span.start
@@ -86,16 +69,53 @@ def part_of(model: Any, span: Span) -> Any:
 
 
 def ends_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """The causal language model on the meta device without any block: embedding, final norm and head."""
-    bare = _cut(config, Span(0, 0))
+    """The causal language model on the meta device without any block: embedding, final norm and head.
+
+    Its input embeddings give what the first block takes; its `forward` takes hidden states of the last.
+    """
+    plain, factor = _without_embedding_factor(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(bare, dtype=dtype)
-    _make_rotary(model.get_decoder(), config)
+        model = AutoModelForCausalLM.from_config(_cut(plain, Span(0, 0)), dtype=dtype)
+    _make_rotary(model.model, config)
     embedding = model.get_input_embeddings()
+    if factor != 1.0:
+        model.set_input_embeddings(ScaledEmbedding(embedding.weight, factor))
     scale = getattr(embedding, "scalar_embed_scale", None)
     if scale is not None:
         embedding.embed_scale = torch.tensor(scale)
     return model.eval()
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings multiplied by `factor`, for models that do so where their blocks begin."""
+
+    def __init__(self, weight: nn.Parameter, factor: float):
+        super().__init__(*weight.shape, _weight=weight)
+        self.factor = factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.factor
+
+
+def _without_embedding_factor(config: PreTrainedConfig) -> tuple[PreTrainedConfig, float]:
+    """The config of a model that takes its inputs as they are, and what it would multiply them by."""
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.embedding_factor is None:
+        return config, 1.0
+    plain = copy.deepcopy(config)
+    setattr(plain, family.embedding_factor, 1.0)
+    return plain, float(getattr(config, family.embedding_factor))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules are made in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _cut(config: PreTrainedConfig, span: Span) -> PreTrainedConfig:

@@ -1,93 +1,69 @@
-"""The engine of one server: one shard, the KV memory of its sessions, and the one thread that computes.
+"""The engine of one server: one shard, one page pool, and one loop that serves the steps of all sessions.
 
-Steps run in the order they come, off the event loop. Positions, sizes and capacity are checked here,
-so that whatever a peer sends, memory stays within what was promised. Knows nothing of peers.
+Each iteration takes rows of every step that is ready, runs them as one flat batch off the event loop, and
+hands out what is done. Positions, sizes and capacity are checked here, so that whatever a peer sends, memory
+stays within what was promised. All state belongs to the event loop. Knows nothing of peers but their names.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from math import prod
-from typing import Any
+from dataclasses import replace
 
-import psutil
 import torch
-from torch import Tensor
 
-from swarm.blocks.architecture import part_of
+from swarm.blocks.batch import Fairness, Share, form_batch
+from swarm.blocks.checks import StepForm, check_step, max_step_tokens
+from swarm.blocks.compute import Compute, Piece
 from swarm.blocks.errors import NoCapacity, StepError
-from swarm.blocks.fused import fuse
-from swarm.blocks.kv import SessionKV
+from swarm.blocks.kv import EVERYBODY, PageName, SessionKV, pages_of
+from swarm.blocks.loading import EngineConfig, LoadedSpan, load
 from swarm.blocks.models import Model
-from swarm.blocks.precision import Precision, choose_device, choose_precision
-from swarm.blocks.shard import load_span, stored_dtype
-from swarm.errors import InputError
-from swarm.kernels.codecs import from_wire, to_wire
+from swarm.blocks.pace import Pace
+from swarm.blocks.pool import PagePool, PoolExhausted
+from swarm.blocks.steps import BatchReport, EngineStats, PendingStep, Session, StepResult
+from swarm.kernels.codecs import to_wire
+from swarm.kernels.pages import Segment
+from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 from swarm.spans import Span
 
-logger = logging.getLogger(__name__)
+__all__ = ["Engine", "EngineConfig"]
 
-MAX_STEP_TOKENS = 2048
-MAX_STEP_BYTES = 64 * 2**20
-MAX_KV_TOKENS = 2**18
-KV_MEMORY_FRACTION = 0.25
-MAX_PARTS = 64
-"""Sub-spans whose models are kept; they share the tensors of the whole."""
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER = 5.0
 """Seconds after which a full server may have room again."""
 
+DECODING_SECONDS = 0.5
+"""How long after its last decode step a session counts as decoding: the next one is on its way."""
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """`kv_tokens`: what all sessions together may hold, None by memory; `threads`: None for torch's."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    kv_tokens: int | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("kv-tokens", self.kv_tokens), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value} is not possible.", "Give a whole number from 1 on.")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Hidden states after the span as wire bytes [tokens, hidden], and the milliseconds they took."""
-
-    data: memoryview
-    shape: tuple[int, int]
-    dtype: str
-    codec: str
-    queue_ms: float
-    compute_ms: float
+MEASURED_PROMPT, MEASURED_TOKENS = 96, 6
 
 
 class Engine:
     """Runs a span for many sessions. All methods but `load` are called from one event loop."""
 
-    def __init__(
-        self, module: Any, span: Span, precision: Precision, device: torch.device, kv_tokens: int | None
-    ):
-        """`module` is what `load_span` gives."""
-        self.span = span
-        self.precision = precision
-        self._module = module
-        self._device = device
-        self._hidden_size: int = module.config.hidden_size
-        self.kv_tokens = kv_tokens if kv_tokens is not None else self._kv_tokens_by_memory()
-        step_tokens = MAX_STEP_BYTES // (self._hidden_size * precision.dtype.itemsize)
-        self.max_step_tokens = max(1, min(MAX_STEP_TOKENS, step_tokens))
-        self.queue = 0
-        self._sessions: dict[str, SessionKV] = {}
-        self._part = lru_cache(MAX_PARTS)(partial(part_of, module))
-        self._fused = fuse(module)
+    def __init__(self, loaded: LoadedSpan, *, overcommit: float = 1.0, prefix_cache: bool = True):
+        self.span = loaded.span
+        self.precision = loaded.precision
+        self.shard_bytes = loaded.shard_bytes
+        self.kv_tokens = loaded.pages * PAGE_TOKENS
+        self.max_step_tokens = max_step_tokens(loaded)
+        self.on_batch: Callable[[BatchReport], None] | None = None
+        self._loaded = loaded
+        self._compute = Compute(loaded)
+        self._keeps_prefixes = prefix_cache and loaded.keeps_pages
+        self._pool: PagePool[PageName] = PagePool(loaded.pages)
+        self._promisable = int(loaded.pages * overcommit)
+        self._sessions: dict[str, Session] = {}
+        self._leaving: set[Session] = set()
+        self._ready: list[PendingStep] = []
+        self._fairness = Fairness()
+        self._pace = Pace()
+        self._counted = EngineStats(kv_pages=loaded.pages)
+        self._serving: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     @classmethod
@@ -101,34 +77,52 @@ class Engine:
         """Read the weights of `span` and get ready; `on_progress` is called from another thread.
 
         Raises:
-            InputError: the checkpoint, the span, the dtype or the device cannot be used.
+            InputError: the checkpoint, the span, the dtype, the device or a limit cannot be used.
         """
-
-        def build() -> Engine:
-            if config.threads is not None:
-                torch.set_num_threads(config.threads)
-            device = choose_device(config.device)
-            precision = choose_precision(config.dtype, device, stored_dtype(model.checkpoint, span))
-            return cls(
-                load_span(model, span, precision, device, on_progress),
-                span,
-                precision,
-                device,
-                config.kv_tokens,
-            )
-
-        engine = await asyncio.to_thread(build)
+        loaded = await asyncio.to_thread(load, model, span, config, on_progress)
+        engine = cls(loaded, overcommit=config.overcommit, prefix_cache=config.prefix_cache)
         if config.threads is not None:
             engine._thread.submit(torch.set_num_threads, config.threads)
         return engine
 
     @property
-    def kv_tokens_left(self) -> int:
-        """Tokens that no session has reserved."""
-        return self.kv_tokens - sum(session.capacity for session in self._sessions.values())
+    def takes_token_ids(self) -> bool:
+        """Whether steps on the first blocks may bring token ids."""
+        return self._loaded.embedding is not None
 
-    def open_session(self, session_id: str, span: Span, max_tokens: int) -> None:
-        """Reserve KV memory for `max_tokens` on the blocks `span`, some or all of this engine's.
+    @property
+    def kv_tokens_left(self) -> int:
+        """Tokens that no session was promised."""
+        return max(0, self._promisable - self._promised) * PAGE_TOKENS
+
+    @property
+    def queue(self) -> int:
+        """Steps that have no result yet."""
+        return len(self._ready)
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(
+            self._counted,
+            sessions=len(self._sessions),
+            kv_pages_used=self._pool.used,
+            kv_pages_cached=self._pool.kept,
+        )
+
+    def open_session(
+        self,
+        session_id: str,
+        span: Span,
+        max_tokens: int,
+        *,
+        client: str = "",
+        page_keys: bytes = b"",
+        priority: str = "interactive",
+    ) -> int:
+        """Promise `client` KV memory for `max_tokens` on the blocks `span`, some or all of this engine's.
+
+        Returns:
+            How many tokens the session holds already, of those whose pages `page_keys` name.
 
         Raises:
             NoCapacity: they do not fit beside the other sessions, or never will.
@@ -138,18 +132,32 @@ class Engine:
             raise StepError("bad_request", f"This server serves blocks {self.span}, not {span}.")
         if session_id in self._sessions:
             raise StepError("bad_request", "This session is open already.")
-        if max_tokens > self.kv_tokens:
-            raise NoCapacity(f"This server holds {self.kv_tokens} tokens at most, not {max_tokens}.", None)
-        if max_tokens > self.kv_tokens_left:
-            raise NoCapacity(
-                f"This server has room for {self.kv_tokens_left} more tokens, not {max_tokens}.", RETRY_AFTER
-            )
+        self._check_room(max_tokens)
         blocks = Span(span.start - self.span.start, span.end - self.span.start)
-        self._sessions[session_id] = SessionKV(blocks, max_tokens)
+        kv = SessionKV(self._pool, blocks, max_tokens, client)
+        state = self._loaded.forward.new_state(blocks, max_tokens)
+        self._sessions[session_id] = Session(kv, is_bulk=priority == "bulk", state=state)
+        self._counted.admitted += 1
+        if not self._keeps_prefixes:
+            return 0
+        sees_tokens = self.takes_token_ids and blocks.start == 0
+        held = kv.attach(page_keys, EVERYBODY if sees_tokens else client)
+        self._counted.prefix_tokens_asked += len(page_keys) // KEY_BYTES * PAGE_TOKENS
+        self._counted.prefix_tokens_held += held
+        return held
 
     def close_session(self, session_id: str) -> None:
         """Free the session's KV memory. Closing an unknown session does nothing."""
-        self._sessions.pop(session_id, None)
+        session = self._sessions.pop(session_id, None)
+        if session is None:
+            return
+        session.is_closed = True
+        if session.step is not None:
+            self._end(session.step, StepError("unknown_session", "The session was closed."))
+        if session.is_running:
+            self._leaving.add(session)
+        else:
+            session.kv.roll_back(0)
 
     async def step(
         self,
@@ -159,119 +167,181 @@ class Engine:
         shape: tuple[int, ...],
         dtype: str,
         codec: str,
+        *,
+        page_keys: bytes = b"",
     ) -> StepResult:
-        """Run hidden states [tokens, hidden] from position `seq_pos` on, forgetting what stood there before.
+        """Run hidden states [tokens, hidden], or token ids [tokens], from position `seq_pos` on.
+
+        What the session held from there on is forgotten. `page_keys` name the pages that the step fills;
+        token ids name them themselves. A step that is cancelled before it runs changes nothing.
 
         Raises:
-            StepError: unknown session, a gap before `seq_pos`, too many tokens, or a shape, dtype or length
-                that was not agreed on.
+            StepError: unknown session, a step of it that still runs, a gap before `seq_pos`, too many tokens,
+                or a shape, dtype or length that was not agreed on.
+            NoCapacity: more was promised than there is, and it is used up for the moment.
         """
         session = self._sessions.get(session_id)
         if session is None:
             raise StepError("unknown_session", "This server has no such session.")
-        self._check_step(session, seq_pos, shape, dtype, codec)
-        queued = time.perf_counter()
-        self.queue += 1
+        if session.step is not None:
+            raise StepError("bad_request", "The last step of this session is still running.")
+        ids = check_step(self._loaded, session.kv, StepForm(seq_pos, data, shape, dtype, codec))
+        if self._keeps_prefixes:
+            session.kv.expect(seq_pos, ids, page_keys)
+        now, result = time.perf_counter(), asyncio.get_running_loop().create_future()
+        step = PendingStep(session, seq_pos, shape[0], data if ids is None else ids, now, result, since=now)
+        session.step = step
+        self._ready.append(step)
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve(), name="serve steps")
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._run_wire, session, seq_pos, data, shape, queued
-            )
+            return await result
         finally:
-            self.queue -= 1
+            self._end(step)
 
     async def measure(self) -> tuple[float, float]:
         """Decode and prefill rates in (token, block) pairs a second, by running a session of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._measure)
+        decoded = min(MEASURED_TOKENS, self.kv_tokens - 1)
+        prompt = min(MEASURED_PROMPT, self.kv_tokens - decoded, self.max_step_tokens)
+        self.open_session("", self.span, prompt + decoded)
+        rng = torch.Generator().manual_seed(0)
+        hidden = torch.randn(prompt, self._loaded.hidden_size, generator=rng).to(self.precision.dtype)
+        wire = self.precision.wire_dtype, self.precision.codec
+        try:
+            times = []
+            for seq_pos, rows in ((0, hidden), *((prompt + at, hidden[:1]) for at in range(decoded))):
+                done = await self.step("", seq_pos, to_wire(rows, *wire), tuple(rows.shape), *wire)
+                times.append(done.forward_ms / 1000)
+        finally:
+            self.close_session("")
+        return self.span.size / min(times[1:]), self.span.size * prompt / times[0]
 
     def close(self) -> None:
-        """Forget all sessions and end the compute thread once the running step is done."""
-        self._sessions.clear()
+        """Forget all sessions and end the compute thread once the running iteration is done."""
+        for session_id in list(self._sessions):
+            self.close_session(session_id)
+        if self._serving is not None:
+            self._serving.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _check_step(
-        self, session: SessionKV, seq_pos: int, shape: tuple[int, ...], dtype: str, codec: str
-    ) -> None:
-        if (dtype, codec) != (self.precision.wire_dtype, self.precision.codec):
-            raise StepError(
-                "bad_request",
-                f"Activations travel as {self.precision.wire_dtype} {self.precision.codec} here.",
-            )
-        if len(shape) != 2 or shape[1] != self._hidden_size:
-            raise StepError(
-                "bad_request", f"Hidden states have the shape [tokens, {self._hidden_size}] here."
-            )
-        if shape[0] > self.max_step_tokens:
-            raise StepError(
-                "bad_request", f"A step may hold {self.max_step_tokens} tokens at most, not {shape[0]}."
-            )
-        if seq_pos > session.length:
-            raise StepError(
-                "bad_request", f"The session ends at position {session.length}: {seq_pos} leaves a gap."
-            )
-        if seq_pos + shape[0] > session.capacity:
-            raise StepError("bad_request", f"The session was opened for {session.capacity} tokens.")
+    async def wait_closed(self) -> None:
+        """Return once a closed engine computes no more."""
+        await asyncio.to_thread(self._thread.shutdown, wait=True)
 
-    def _run_wire(
-        self,
-        session: SessionKV,
-        seq_pos: int,
-        data: memoryview | bytes,
-        shape: tuple[int, ...],
-        queued: float,
-    ) -> StepResult:
-        started = time.perf_counter()
-        wire_dtype, codec = self.precision.wire_dtype, self.precision.codec
-        hidden = from_wire(data, shape, wire_dtype, codec)
-        out = to_wire(self._run(session, seq_pos, hidden), wire_dtype, codec)
-        ended = time.perf_counter()
-        return StepResult(
-            data=out,
-            shape=(shape[0], self._hidden_size),
-            dtype=wire_dtype,
-            codec=codec,
-            queue_ms=1000 * (started - queued),
-            compute_ms=1000 * (ended - started),
+    def check_integrity(self) -> None:
+        """
+        Raises:
+            AssertionError: a page is lost, or counted otherwise than the sessions use it.
+        """
+        held = [*self._sessions.values(), *self._leaving]
+        self._pool.check_integrity(session.kv.table for session in held)
+        assert all(
+            len(session.kv.table) == pages_of(session.kv.length) for session in held if not session.step
         )
 
-    @torch.inference_mode()
-    def _run(self, session: SessionKV, seq_pos: int, hidden: Tensor) -> Tensor:
-        """Hidden states [tokens, hidden] through the span; a failing step leaves the session at `seq_pos`."""
-        session.roll_back(seq_pos)
-        positions = torch.arange(seq_pos, seq_pos + hidden.shape[0], device=self._device)
-        if self._fused is not None and len(hidden) <= self._fused.max_rows:
-            return self._fused.run(hidden, session, positions)
+    async def _serve(self) -> None:
+        """One iteration after the other, as long as there are steps."""
         try:
-            out = self._part(session.blocks)(
-                inputs_embeds=hidden[None].to(self._device, self.precision.dtype),
-                position_ids=positions[None],
-                past_key_values=session,
-                use_cache=True,
-            )
-        except BaseException:
-            session.roll_back(seq_pos)
-            raise
-        return out.last_hidden_state[0]
+            while self._ready:
+                pieces = self._form()
+                if pieces:
+                    self._hand_out(pieces, await self._run(pieces))
+        finally:
+            self._serving = None
 
-    def _measure(self, prompt: int = 64, decoded: int = 4) -> tuple[float, float]:
-        session = SessionKV(Span(0, self.span.size), prompt + decoded)
-        hidden = torch.randn(prompt, self._hidden_size, generator=torch.Generator().manual_seed(0))
-        self._run(session, 0, hidden)
-        prefill = self._seconds(session, 0, hidden)
-        decode = min(self._seconds(session, prompt + i, hidden[:1]) for i in range(decoded))
-        return self.span.size / decode, self.span.size * prompt / prefill
+    def _form(self) -> list[Piece]:
+        """The next iteration's pieces, with pages for all their rows."""
+        now = time.perf_counter()
+        alone = [step for step in self._ready if step.is_alone]
+        decoding = sum(now - session.decoded_at < DECODING_SECONDS for session in self._sessions.values())
+        rows = self._pace.prefill_rows(decoding)
+        shares = form_batch(alone[:1] or self._ready, self._fairness, rows, now)
+        return [piece for share in shares if (piece := self._piece(share)) is not None]
 
-    def _seconds(self, session: SessionKV, seq_pos: int, hidden: Tensor) -> float:
-        started = time.perf_counter()
-        self._run(session, seq_pos, hidden).cpu()
+    def _piece(self, share: Share[PendingStep]) -> Piece | None:
+        """None, with the step at its end, where no page is left for it."""
+        step, session = share.step, share.step.session
+        first = step.seq_pos + step.done
+        try:
+            copies = session.kv.reserve(first, first + share.rows)
+        except PoolExhausted:
+            full = NoCapacity("This server promised more tokens than it has; all are in use.", RETRY_AFTER)
+            self._end(step, full)
+            return None
+        session.is_running = True
+        return Piece(step, Segment(share.rows, first, tuple(session.kv.table), session.state), copies)
+
+    async def _run(self, pieces: Sequence[Piece]) -> Exception | float:
+        """Run an iteration in the compute thread; the seconds that it took, or why it failed."""
+        loop, started = asyncio.get_running_loop(), time.perf_counter()
+        try:
+            await loop.run_in_executor(self._thread, self._compute.run, pieces)
+        except Exception as error:  # whatever failed, each step of the iteration must get an ending
+            return error
         return time.perf_counter() - started
 
-    def _kv_tokens_by_memory(self) -> int:
-        config = self._module.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        token_bytes = prod((2, self.span.size, kv_heads, head_dim, self.precision.dtype.itemsize))
-        if self._device.type == "cuda":
-            free = torch.cuda.mem_get_info(self._device)[0]
+    def _hand_out(self, pieces: Sequence[Piece], outcome: Exception | float) -> None:
+        """Give the steps that are done their results. What failed together is repeated one by one."""
+        now = time.perf_counter()
+        for piece in pieces:
+            session, step = piece.step.session, piece.step
+            session.is_running = False
+            if session.is_closed:
+                self._leaving.discard(session)
+                session.kv.roll_back(0)
+            elif not isinstance(outcome, Exception):
+                self._advance(piece, now)
+            elif len(pieces) == 1:
+                session.kv.roll_back(step.seq_pos)
+                self._end(step, outcome)
+            else:
+                step.is_alone = True
+        if not isinstance(outcome, Exception):
+            self._count(pieces, outcome)
+
+    def _advance(self, piece: Piece, now: float) -> None:
+        step, session = piece.step, piece.step.session
+        session.kv.grow(piece.segment.length)
+        step.done += piece.segment.rows
+        assert piece.output is not None
+        step.outputs.append(piece.output)
+        if step.is_decode:
+            session.decoded_at = now
+        if step.done == step.tokens:
+            self._end(step, step.finished)
+
+    def _count(self, pieces: Sequence[Piece], seconds: float) -> None:
+        decoded = sum(piece.segment.rows for piece in pieces if piece.step.is_decode)
+        prefilled = sum(piece.segment.rows for piece in pieces) - decoded
+        self._counted.decode_tokens += decoded
+        self._counted.prefill_tokens += prefilled
+        self._pace.learn(decoded, prefilled, seconds)
+        if self.on_batch is not None:
+            self.on_batch(BatchReport(len(pieces), decoded, prefilled, seconds))
+
+    def _end(self, step: PendingStep, outcome: StepResult | Exception | None = None) -> None:
+        """The step gets no more rows, and its `outcome` if it has one. Safe to call again."""
+        if step.session.step is step:
+            step.session.step = None
+            self._ready.remove(step)
+        if outcome is None or step.result.done():
+            return
+        if isinstance(outcome, Exception):
+            step.result.set_exception(outcome)
         else:
-            free = psutil.virtual_memory().available
-        return max(1, min(MAX_KV_TOKENS, int(free * KV_MEMORY_FRACTION / token_bytes)))
+            step.result.set_result(outcome)
+
+    @property
+    def _promised(self) -> int:
+        held = (*self._sessions.values(), *self._leaving)
+        return sum(pages_of(session.kv.capacity) for session in held)
+
+    def _check_room(self, max_tokens: int) -> None:
+        if pages_of(max_tokens) > self._pool.size:
+            self._counted.refused += 1
+            raise NoCapacity(f"This server holds {self.kv_tokens} tokens at most, not {max_tokens}.", None)
+        if pages_of(max_tokens) > self._promisable - self._promised:
+            self._counted.refused += 1
+            raise NoCapacity(
+                f"This server has room for {self.kv_tokens_left} more tokens, not {max_tokens}.", RETRY_AFTER
+            )

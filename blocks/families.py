@@ -8,22 +8,41 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.errors import InputError
+from swarm.spans import Span
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`ties_embeddings`: the head shares the embeddings' tensor where the config does not say."""
+    """`ties_embeddings`: the head shares the embeddings' tensor where the config does not say.
+
+    `embedding_factor` names the entry of the config by which embeddings are multiplied before the first
+    block. With `has_latent_kv`, all heads share one compressed key and value.
+    """
 
     ties_embeddings: bool = False
+    embedding_factor: str | None = None
+    has_latent_kv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one block keeps of a token: keys [heads, key_dim] and values [heads, value_dim]."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
 
 
 FAMILIES: Mapping[str, Family] = {
     "cohere2": Family(ties_embeddings=True),
+    "deepseek_v3": Family(has_latent_kv=True),
     "gemma2": Family(ties_embeddings=True),
     "gemma3_text": Family(ties_embeddings=True),
     "glm4": Family(),
     "gpt_oss": Family(),
+    "granite": Family(embedding_factor="embedding_multiplier"),
     "llama": Family(),
+    "llama4_text": Family(),
     "mistral": Family(),
     "mixtral": Family(),
     "olmo2": Family(),
@@ -32,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family(),
     "qwen3": Family(),
     "qwen3_moe": Family(),
+    "qwen3_next": Family(),
     "smollm3": Family(ties_embeddings=True),
 }
 
@@ -52,3 +72,23 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"Choose a model of one of these: {', '.join(FAMILIES)}.",
         )
     return FAMILIES[model_type]
+
+
+def kv_shapes(config: Any, span: Span) -> list[KVShape | None]:
+    """What each block of `span` keeps of a token; None for one that keeps a state of the sequence instead.
+
+    `config` is transformers' own of the text model.
+    """
+    shape = _kv_shape(config)
+    layer_types = getattr(config, "layer_types", None) or ()
+    stateful = {block for block, kind in enumerate(layer_types) if kind == "linear_attention"}
+    return [None if block in stateful else shape for block in span.blocks]
+
+
+def _kv_shape(config: Any) -> KVShape:
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.has_latent_kv:
+        return KVShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return KVShape(heads, dim, dim)

@@ -19,6 +19,16 @@ QUIET_WAIT = 1.0
 """Seconds that waiting for another process goes unmentioned."""
 
 
+SMALL_FILE_BYTES = 200 * 2**20
+
+
+def is_small_file(name: str, size: int) -> bool:
+    """Whether a model's file is config, tokenizer or the like: neither weights nor pictures."""
+    return (
+        "/" not in name and name.endswith((".json", ".jinja", ".model", ".txt")) and size <= SMALL_FILE_BYTES
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 

@@ -7,19 +7,17 @@ gigabyte, so the hash is remembered for as long as the file is untouched. Knows 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from swarm.blocks.files import write_atomically
-from swarm.errors import InputError
+from swarm.blocks.storage import Storage, sha256_of
 
 logger = logging.getLogger(__name__)
 
 HASH_THREADS = 4
-CHUNK_BYTES = 8 * 2**20
 
 VOLATILE_KEYS = frozenset(
     {
@@ -58,49 +56,44 @@ def _lasting(value: Any) -> Any:
     return value
 
 
-def digests_of(paths: Sequence[Path], cache: Path, on_progress: Callable[[float], None]) -> dict[str, str]:
+def digests_of(
+    storage: Storage, files: Sequence[str], cache: Path, on_progress: Callable[[float], None]
+) -> dict[str, str]:
     """The SHA-256 of each file, by its name; hashed in parallel, remembered in the folder `cache`.
 
     `on_progress` gets the fraction of the files that are hashed, 0 to 1.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file is missing or cannot be read.
+        SwarmError: what gives a file does not answer.
     """
     digests: dict[str, str] = {}
     with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="hash-weights") as pool:
-        for path, digest in zip(paths, pool.map(lambda path: file_digest(path, cache), paths), strict=True):
-            digests[path.name] = digest
-            on_progress(len(digests) / len(paths))
+        found = pool.map(lambda file: file_digest(storage, file, cache), files)
+        for file, digest in zip(files, found, strict=True):
+            digests[file] = digest
+            on_progress(len(digests) / len(files))
     return digests
 
 
-def file_digest(path: Path, cache: Path) -> str:
+def file_digest(storage: Storage, file: str, cache: Path) -> str:
     """The SHA-256 of one file in hex, from `cache` where the file is the one that was hashed.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError, SwarmError: as `digests_of`.
     """
-    try:
-        remembered = cache / _identity(path)
-        if digest := _recall(remembered):
-            return digest
-        digest = _hash(path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}.", "Check the file and the disk."
-        ) from error
+    identity = storage.identity(file)
+    if identity is None:
+        return sha256_of(storage, file)
+    remembered = cache / identity
+    if digest := _recall(remembered):
+        return digest
+    digest = sha256_of(storage, file)
     try:
         write_atomically(remembered, digest.encode())
     except OSError as error:
-        logger.warning("the hash of %s is not remembered: %s", path, error)
+        logger.warning("the hash of %s is not remembered: %s", storage.where(file), error)
     return digest
-
-
-def _identity(path: Path) -> str:
-    """A name for this very content of this very file: another one after any write to it."""
-    stat = path.stat()
-    facts = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _recall(remembered: Path) -> str | None:
@@ -109,12 +102,3 @@ def _recall(remembered: Path) -> str | None:
         return digest if len(bytes.fromhex(digest)) == hashlib.sha256().digest_size else None
     except (OSError, ValueError):
         return None
-
-
-def _hash(path: Path) -> str:
-    state = hashlib.sha256()
-    chunk = memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while got := file.readinto(chunk):
-            state.update(chunk[:got])
-    return state.hexdigest()

@@ -1,18 +1,19 @@
-"""The fast way for a few tokens: a span's decoder layers in one native call.
+"""The fast way on CPU: a span's decoder layers in one native call.
 
 Whether it knows their kind is found out by trying: before a span is used, a few tokens go both ways, through
-transformers' layers and through the native call, and only a span for which both agree is decoded so.
+transformers' layers and through the native call, and only a span for which both agree runs so.
 """
 
 import logging
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from swarm.blocks.kv import SessionKV
-from swarm.kernels.decode import FusedLayers, LayerParts, LayerShape
+from swarm.kernels.layers import FusedLayers, LayerParts, LayerShape
 from swarm.kernels.linear import LeanLinear
+from swarm.kernels.pages import Pages, Segment, Segments
 from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
@@ -25,41 +26,41 @@ TRIED_TOKENS = 5
 TOLERANCE = 1e-4
 """Largest difference of the two ways that is rounding, relative to the largest value."""
 
+Run: TypeAlias = Callable[[Tensor, Span, Sequence[Pages], Segments], Tensor]
+"""Hidden states [rows, hidden] of segments through blocks of the span's model, which keep pages."""
+
 
 class FusedSpan:
     """A span's model whose layers run natively. Shares all tensors with it."""
 
     def __init__(self, module: Any, layers: FusedLayers):
-        self.max_rows = layers.max_rows
         self._rotary = module.rotary_emb
         self._layers = layers
 
-    def run(self, hidden: Tensor, session: SessionKV, positions: Tensor) -> Tensor:
-        """At most `max_rows` hidden states [rows, hidden] through the session's blocks, from its end on.
-
-        `positions` are those of the rows: [rows].
-        """
-        shape = self._layers.shape
-        cos, sin = (part[0].contiguous() for part in self._rotary(hidden[None], position_ids=positions[None]))
+    def run(self, hidden: Tensor, blocks: Span, pages: Sequence[Pages], segments: Segments) -> Tensor:
+        """Hidden states [rows, hidden] through `blocks` of the model; `pages` are those of all its blocks."""
+        positions = segments.positions[None]
+        cos, sin = (part[0].contiguous() for part in self._rotary(hidden[None], position_ids=positions))
         out = hidden.clone(memory_format=torch.contiguous_format)
-        slabs = session.addresses(shape.kv_heads, shape.dim, hidden)
-        self._layers.run(session.blocks.start, out, cos, sin, slabs, session.length, session.capacity)
-        session.grow(len(hidden))
+        self._layers.run(blocks.start, out, cos, sin, pages[blocks.start : blocks.end], segments)
         return out
 
 
 @torch.inference_mode()
-def fuse(module: Any) -> FusedSpan | None:
-    """`module`, what `load_span` gives, made ready for the native call; None where that does not fit."""
+def fuse(module: Any, plainly: Run) -> FusedSpan | None:
+    """`module`, what `load_span` gives, made ready for the native call; None where that does not fit.
+
+    `plainly` runs it by transformers' layers.
+    """
     if any(type(layer).__name__ not in KNOWN_LAYERS for layer in module.layers):
         return None
     try:
         layers = FusedLayers([_parts(module, layer) for layer in module.layers], _shape(module))
     except (ValueError, AttributeError) as reason:
-        logger.debug("the span is decoded by transformers' layers alone: %s", reason)
+        logger.debug("the span runs by transformers' layers alone: %s", reason)
         return None
     fused = FusedSpan(module, layers)
-    if not _agrees(module, fused):
+    if not _agree(module, fused, plainly):
         logger.warning("the native layers disagree with transformers' own, which are used instead")
         return None
     return fused
@@ -96,18 +97,19 @@ def _shape(module: Any) -> LayerShape:
     )
 
 
-def _agrees(module: Any, fused: FusedSpan) -> bool:
-    """Whether a few random tokens come out alike both ways, decoded one by one."""
+def _agree(module: Any, fused: FusedSpan, plainly: Run) -> bool:
+    """Whether a few random tokens of two sessions come out alike both ways, the last one on its own."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(TRIED_TOKENS, module.config.hidden_size, generator=rng)
-    positions = torch.arange(TRIED_TOKENS)
-    span = Span(0, len(module.layers))
-    plain = module(
-        inputs_embeds=hidden[None],
-        position_ids=positions[None],
-        past_key_values=SessionKV(span, TRIED_TOKENS),
-        use_cache=True,
-    ).last_hidden_state[0]
-    session = SessionKV(span, TRIED_TOKENS)
-    rows = [fused.run(hidden[at : at + 1], session, positions[at : at + 1]) for at in range(TRIED_TOKENS)]
-    return bool((torch.cat(rows) - plain).abs().max() <= TOLERANCE * plain.abs().max())
+    first = Segments.of([Segment(1, 0, [1]), Segment(TRIED_TOKENS - 2, 0, [0])])
+    last = Segments.of([Segment(1, TRIED_TOKENS - 2, [0])])
+    span, shape = Span(0, len(module.layers)), _shape(module)
+
+    def outcome(run: Run) -> Tensor:
+        pages = [
+            Pages.empty(2, shape.kv_heads, shape.dim, shape.dim, torch.float32, "cpu") for _ in module.layers
+        ]
+        return torch.cat([run(hidden[:-1], span, pages, first), run(hidden[-1:], span, pages, last)])
+
+    plain = outcome(plainly)
+    return bool((outcome(fused.run) - plain).abs().max() <= TOLERANCE * plain.abs().max())

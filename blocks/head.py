@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
+from swarm.blocks.embedding import as_embedded
 from swarm.blocks.models import Model
 from swarm.blocks.precision import choose_device, choose_precision
 from swarm.blocks.shard import load_ends, stored_dtype
@@ -39,7 +40,8 @@ class Head:
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [tokens] to hidden states [tokens, hidden]."""
-        return self._embedding(ids.to(self._embedding.weight.device)).to(self._dtype)
+        weight = self._embedding.weight
+        return as_embedded(self._embedding, weight[ids.to(weight.device)].to(self._dtype))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class Head:
         return self._plainly if torch.equal(self._plainly(some), self._by_model(some)) else self._by_model
 
     def _plainly(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._module.get_output_embeddings()(self._module.get_decoder().norm(hidden))
+        logits: Tensor = self._module.get_output_embeddings()(self._module.model.norm(hidden))
         return logits
 
     def _by_model(self, hidden: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ and all processes of the machine agree. `owner/name@revision` names another comm
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,15 +26,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from swarm.blocks.checkpoint import weights_files
-from swarm.blocks.files import exclusive, read_json, write_atomically
+from swarm.blocks.deadlines import within
+from swarm.blocks.files import exclusive, is_small_file, read_json, write_atomically
 from swarm.errors import InputError, SwarmError
 
 DEFAULT_REVISION = "main"
 ASK_TIMEOUT = 10.0
 LOCK_TIMEOUT = 60.0
 
-_SMALL_FILES = (".json", ".jinja", ".model", ".txt")
-_SMALL_FILE_BYTES = 200 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -76,11 +73,7 @@ class Snapshot:
     @property
     def small_files(self) -> list[str]:
         """Config, tokenizer and the like: everything at the top that is neither weights nor pictures."""
-        return [
-            name
-            for name, file in self.files.items()
-            if "/" not in name and name.endswith(_SMALL_FILES) and file.size <= _SMALL_FILE_BYTES
-        ]
+        return [name for name, file in self.files.items() if is_small_file(name, file.size)]
 
 
 def find(repository: str, revision: str, cache: Path, timeout: float = ASK_TIMEOUT) -> Snapshot:
@@ -96,7 +89,9 @@ def find(repository: str, revision: str, cache: Path, timeout: float = ASK_TIMEO
     with exclusive(pin.with_suffix(".lock"), LOCK_TIMEOUT):
         snapshot = _recall(pin) or _cached(repository, revision)
         if snapshot is None:
-            snapshot = _with_deadline(lambda: _ask(repository, revision, timeout), repository, timeout)
+            snapshot = _translated(
+                lambda: within(timeout, lambda: _ask(repository, revision, timeout)), repository
+            )
         write_atomically(pin, json.dumps(asdict(snapshot), indent=1).encode())
         return snapshot
 
@@ -137,9 +132,7 @@ def _cached(repository: str, revision: str) -> Snapshot | None:
     if config is None:
         return None
     folder = config.parent
-    if not all((folder / name).exists() for name in weights_files(folder)) or not _COMMIT.fullmatch(
-        folder.name
-    ):
+    if not _COMMIT.fullmatch(folder.name) or not _is_whole(folder):
         return None
     files = {
         path.name: HubFile(path.stat().st_size, _blob_digest(path))
@@ -147,6 +140,13 @@ def _cached(repository: str, revision: str) -> Snapshot | None:
         if path.is_file()
     }
     return Snapshot(repository, folder.name, files)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return all((folder / name).exists() for name in weights_files(folder, os.listdir(folder)))
+    except InputError:
+        return False
 
 
 def _cached_path(repository: str, revision: str, name: str) -> Path | None:
@@ -174,20 +174,6 @@ def _ask(repository: str, revision: str, timeout: float) -> Snapshot:
     if not found.sha or not _COMMIT.fullmatch(found.sha):
         raise OSError("its answer names no commit")
     return Snapshot(repository, found.sha, files)
-
-
-def _with_deadline(ask: Callable[[], T], repository: str, timeout: float) -> T:
-    """Resolving a host name cannot be interrupted: it is left behind in a thread that may never end."""
-    answer: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=work, name="ask-hub", daemon=True).start()
-    return _translated(lambda: answer.result(timeout), repository)
 
 
 def _translated(work: Callable[[], T], repository: str) -> T:

@@ -13,7 +13,9 @@ from swarm.blocks.checkpoint import Checkpoint
 from swarm.blocks.families import family_of
 from swarm.blocks.files import read_json
 from swarm.blocks.fingerprint import fingerprint
+from swarm.blocks.remote import is_url
 from swarm.blocks.sources import LocalFolder, OnProgress, Source, cache_folder, find_source
+from swarm.blocks.stored_formats import stored_format
 from swarm.errors import InputError
 from swarm.spans import Span
 
@@ -27,7 +29,7 @@ def _ignore(stage: str, fraction: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """`config` is config.json as it stands; `path` is the folder with config, tokenizer and weights.
+    """`config` is config.json as it stands; `path` is the folder with config, tokenizer and index.
 
     `fingerprint` is equal for equal config and weights, whatever the model is called.
     """
@@ -45,7 +47,9 @@ class Model:
 
     @property
     def public_name(self) -> str:
-        """What others may know the model by: of a local folder, not where it lies."""
+        """What others may know the model by: of a folder, not where it lies."""
+        if is_url(self.name):
+            return self.name.rstrip("/").rpartition("/")[2]
         return Path(self.name).resolve().name if isinstance(self.source, LocalFolder) else self.name
 
     @property
@@ -65,9 +69,10 @@ class Model:
             )
 
     def ensure_files(self, span: Span | None, with_head: bool, on_progress: OnProgress = _ignore) -> None:
-        """Have the weights files that hold `span` in `path`, and those of the head if `with_head`.
+        """Have the weights files that hold `span`, and those of the head if `with_head`, ready to be read.
 
-        Files of the hub are downloaded unless they are there; no others are.
+        The embeddings come along with block 0, whose server may be given token ids. Files of the hub are
+        downloaded to `path` unless they are there; no others are.
 
         Raises:
             InputError: the span is out of range, or a file is missing.
@@ -82,26 +87,30 @@ class Model:
             return self.checkpoint.files
         blocks = self.checkpoint.block_tensors(span) if span is not None else {}
         names = [name for tensors in blocks.values() for name in tensors]
+        names += [self.checkpoint.embedding] if 0 in blocks else []
         return self.checkpoint.files_for(names + (self.checkpoint.head_tensors() if with_head else []))
 
 
 def resolve(
     name: str = DEFAULT_MODEL, *, cache_dir: Path | None = None, on_progress: OnProgress | None = None
 ) -> Model:
-    """Find the model that `name` stands for: a local folder, an alias, or `owner/name[@revision]` on the hub.
+    """Find the model that `name` stands for: a folder, a URL, an alias, or a hub's `owner/name[@revision]`.
 
-    A hub repository is pinned to the commit that this machine first saw; weights are downloaded by
-    `ensure_files`. An alias is downloaded, or converted from its package, here. Blocks for as long
-    as that takes. `cache_dir` stands in for SWARM_CACHE and the user's cache folder.
+    What a URL names (`s3://bucket/path`, or any other that fsspec knows) is hashed once and then read in
+    ranges from there; config and tokenizer are copied here. A hub repository is pinned to the commit that
+    this machine first saw; weights are downloaded by `ensure_files`. An alias is downloaded, or converted
+    from its package, here. Blocks for as long as that takes. `cache_dir` stands in for SWARM_CACHE and the
+    user's cache folder.
 
     Raises:
         InputError: there is no such model, or it cannot run here.
-        SwarmError: the hub has to be asked and cannot be reached.
+        SwarmError: the hub or the storage has to be asked and cannot be reached.
     """
     report = on_progress or _ignore
     source = find_source(name, cache_folder(cache_dir), report)
     config = read_json(source.folder / "config.json")
     family = family_of(config)
+    stored_format(config)
     num_blocks = _count(config, "num_hidden_layers")
     ties_embeddings = config.get("tie_word_embeddings")
     return Model(
@@ -116,6 +125,8 @@ def resolve(
         checkpoint=Checkpoint(
             source.folder,
             num_blocks,
+            storage=source.storage,
+            config=config,
             ties_embeddings=family.ties_embeddings if ties_embeddings is None else ties_embeddings is True,
         ),
         source=source,

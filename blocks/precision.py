@@ -1,13 +1,18 @@
 """In which numbers a shard is held and computed, chosen once from what was asked and what the machine has."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from swarm.errors import InputError
 from swarm.kernels.linear import can_keep_half
+from swarm.kernels.quantised import QUANTISATIONS, has_bitsandbytes
+
+logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE_CHOICES = ("none", *QUANTISATIONS)
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,8 @@ class Precision:
     """How a shard computes.
 
     `name` is what is announced. Activations are `dtype` and travel as `wire_dtype` with `codec`. Weights
-    are `dtype` too, but for the linears on a CPU: those are lean, with weights as `linear_dtype`.
+    are `dtype` too, but for the linears on a CPU: those are lean, with weights as `linear_dtype`. Where
+    `quantization` is not `none`, linears and experts keep their weights so instead.
     """
 
     name: str
@@ -23,6 +29,7 @@ class Precision:
     linear_dtype: torch.dtype | None
     wire_dtype: str
     codec: str
+    quantization: str = "none"
 
 
 def choose_device(asked: str) -> torch.device:
@@ -44,31 +51,61 @@ def choose_device(asked: str) -> torch.device:
     return device
 
 
-def choose_precision(asked: str, device: torch.device, stored: torch.dtype) -> Precision:
+def choose_precision(
+    asked: str, device: torch.device, stored: torch.dtype, quantize: str = "none"
+) -> Precision:
     """Decide on the precision of a shard on `device` whose checkpoint is stored as `stored`.
 
     `auto` keeps what the checkpoint holds: 16-bit weights stay 16-bit (packed for float32 activations on
-    a CPU that can, else bfloat16 on CUDA), anything else runs in float32.
+    a CPU that can, else bfloat16 on CUDA), anything else runs in float32. With `quantize` the dtype is that
+    of activations alone.
 
     Raises:
-        InputError: `asked` is not one of `CHOICES`, or this CPU cannot do it.
+        InputError: `asked` is not one of `CHOICES` or `quantize` of `QUANTIZE_CHOICES`, this CPU cannot do
+            it, or a package is missing.
     """
     if asked not in CHOICES:
         raise InputError(f"'{asked}' is not a dtype.", f"Use one of {', '.join(CHOICES)}.")
     on_cpu = device.type == "cpu"
+    if quantize != "none":
+        return _quantised(asked, on_cpu, stored, quantize)
     if asked == "auto":
-        is_small = stored in (torch.bfloat16, torch.float16)
-        if on_cpu:
-            asked = "float16" if is_small and can_keep_half() else "float32"
-        else:
-            asked = ("float16" if stored == torch.float16 else "bfloat16") if is_small else "float32"
+        asked = _closest(stored, can_be_half=not on_cpu or can_keep_half(), on_cpu=on_cpu)
     if asked == "float16" and on_cpu:
         if not can_keep_half():
             raise InputError(
                 "This CPU has no fast float16 weights (AVX2 is needed).", "Use --dtype float32 or bfloat16."
             )
         return Precision("float16", torch.float32, torch.float16, "float32", "raw")
-    if asked == "float16":
-        return Precision("float16", torch.float16, None, "float16", "scaled")
     lean = torch.float32 if asked == "float32" and on_cpu else None
-    return Precision(asked, getattr(torch, asked), lean, asked, "raw")
+    return Precision(asked, getattr(torch, asked), lean, asked, _codec(asked))
+
+
+def _quantised(asked: str, on_cpu: bool, stored: torch.dtype, quantize: str) -> Precision:
+    if quantize not in QUANTIZE_CHOICES:
+        raise InputError(f"'{quantize}' is not a quantisation.", f"Use one of {', '.join(QUANTIZE_CHOICES)}.")
+    if quantize == "nf4" and not has_bitsandbytes():
+        raise InputError(
+            "nf4 needs the package bitsandbytes, which is not installed.",
+            'Install it with: pip install "swarm-llm[quant]", or use --quantize int8.',
+        )
+    if asked == "float16" and on_cpu:
+        raise InputError(
+            f"On a CPU {quantize} weights go with float32 or bfloat16 activations, not float16.",
+            "Use --dtype auto, or --quantize none.",
+        )
+    if on_cpu:
+        logger.warning("%s weights save memory, not time: on a CPU float16 is several times faster", quantize)
+    name = asked if asked != "auto" else _closest(stored, can_be_half=not on_cpu, on_cpu=on_cpu)
+    return Precision(name, getattr(torch, name), None, name, _codec(name), quantize)
+
+
+def _closest(stored: torch.dtype, *, can_be_half: bool, on_cpu: bool) -> str:
+    """The dtype that keeps what a checkpoint holds, where that can be fast."""
+    if stored not in (torch.bfloat16, torch.float16) or not can_be_half:
+        return "float32"
+    return "float16" if on_cpu or stored == torch.float16 else "bfloat16"
+
+
+def _codec(name: str) -> str:
+    return "scaled" if name == "float16" else "raw"

@@ -5,7 +5,7 @@ place. transformers' own conversions run on each block (some checkpoints store e
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,10 @@ from swarm.blocks.checkpoint import Checkpoint
 from swarm.blocks.heap import give_back_freed_memory
 from swarm.blocks.models import Model
 from swarm.blocks.precision import Precision
+from swarm.blocks.stored_formats import make_plain, stored_format
 from swarm.errors import InputError
 from swarm.kernels.linear import lean_linear, make_linears_lean
+from swarm.kernels.quantised import quantise
 from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
@@ -41,20 +43,23 @@ def load_span(
 ) -> Any:
     """The blocks of `span` with their weights on `device`, ready for `forward(inputs_embeds=…)`.
 
-    `on_progress` is told the fraction of blocks in place, from this thread. Memory peaks at the shard plus
-    one block's tensors in the checkpoint's dtype and a small read-ahead.
+    `on_progress` is told the fraction of blocks in place, from this thread. While a block is placed, the
+    next is read. Memory peaks at the shard plus one block's tensors in the checkpoint's dtype, and in the
+    precision's if they are quantised then, and the read-ahead.
 
     Raises:
         InputError: a tensor is missing, of the wrong shape or unreadable, or the config cannot be used.
     """
-    names = model.checkpoint.block_tensors(span)
     dtype = _placing_dtype(precision, stored_dtype(model.checkpoint, span))
-    module = span_model(load_config(str(model.path)), span, dtype)
-    for index, tensors in _blocks(model.checkpoint, span, names, dtype):
+    config = load_config(str(model.path))
+    if precision.quantization != "none":
+        config._experts_implementation = "eager"  # the one that takes experts one by one
+    module = span_model(config, span, dtype)
+    for index, tensors in _blocks(model, span, dtype, _kept_wide(module)):
         wanted = {name for name in module.state_dict() if name.startswith(f"layers.{index}.")}
         _place(module, tensors, device, wanted)
         tensors.clear()
-        _make_lean(module.layers[index], precision)
+        _make_small(module.layers[index], precision)
         give_back_freed_memory()
         on_progress((index + 1) / span.size)
     return module.to(device).requires_grad_(False)
@@ -70,12 +75,13 @@ def load_ends(model: Model, precision: Precision, device: torch.device) -> Any:
     dtype = _placing_dtype(precision, stored_dtype(checkpoint, None))
     module = ends_model(load_config(str(model.path)), dtype)
     wanted = set(module.state_dict()) - ({"lm_head.weight"} if checkpoint.is_tied else set())
-    _place(module, dict(checkpoint.read(checkpoint.head_tensors(), threads=READ_THREADS)), device, wanted)
+    tensors = dict(checkpoint.read(checkpoint.head_tensors(), threads=READ_THREADS))
+    _place(module, make_plain(tensors, stored_format(model.config), model.config, dtype), device, wanted)
     if checkpoint.is_tied:
         module.get_output_embeddings().weight = module.get_input_embeddings().weight
     if precision.linear_dtype is not None:
         module.set_output_embeddings(lean_linear(module.get_output_embeddings(), precision.linear_dtype))
-        _make_lean(module.get_decoder().norm, precision)
+        _make_small(module.model.norm, precision)
     return module.to(device).requires_grad_(False)
 
 
@@ -84,37 +90,60 @@ def _placing_dtype(precision: Precision, stored: torch.dtype) -> torch.dtype:
     return stored if precision.linear_dtype == torch.float16 else precision.dtype
 
 
-def _make_lean(module: nn.Module, precision: Precision) -> None:
-    if precision.linear_dtype is None:
-        return
-    make_linears_lean(module, precision.linear_dtype)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(precision.dtype)
+def _make_small(module: nn.Module, precision: Precision) -> None:
+    """Have the loaded `module` keep its weights as the precision wants them."""
+    if precision.quantization != "none":
+        quantise(module, precision.quantization)
+    elif precision.linear_dtype is not None:
+        make_linears_lean(module, precision.linear_dtype)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(precision.dtype)
+
+
+def read_ahead_bytes(stored: Sequence[int]) -> int:
+    """Bytes that may be read ahead where the blocks of a span take `stored` bytes each in the checkpoint.
+
+    A whole block, so that the next is read while one is placed, or more where that is little of the shard.
+    """
+    return min(MAX_IN_FLIGHT, max(1, *stored, int(sum(stored) * IN_FLIGHT_FRACTION)))
 
 
 def _blocks(
-    checkpoint: Checkpoint, span: Span, names: dict[int, list[str]], dtype: torch.dtype
+    model: Model, span: Span, dtype: torch.dtype, kept_wide: frozenset[str]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The tensors of each block of the span in turn, by their names in the span's model, read ahead."""
+    """The tensors of each block of the span in turn, by their names in the span's model, read ahead.
+
+    They come as `dtype`, but for those of the checkpoint whose names contain one of `kept_wide`.
+    """
+    checkpoint, stored = model.checkpoint, stored_format(model.config)
+    names = checkpoint.block_tensors(span)
+    sizes = [sum(checkpoint.entry(name).nbytes for name in names[block]) for block in span.blocks]
     ordered = [name for block in span.blocks for name in names[block]]
-    shard_bytes = sum(checkpoint.entry(name).nbytes for name in ordered)
-    budget = min(MAX_IN_FLIGHT, max(1, int(shard_bytes * IN_FLIGHT_FRACTION)))
-    stream = checkpoint.read(ordered, threads=READ_THREADS, memory_budget=budget)
+    stream = checkpoint.read(ordered, threads=READ_THREADS, memory_budget=read_ahead_bytes(sizes))
     for block in span.blocks:
         index, inside = block - span.start, f"{checkpoint.block_prefix}{block}."
         tensors = {}
         for _ in names[block]:
             name, tensor = next(stream)
-            tensors[f"layers.{index}.{name.removeprefix(inside)}"] = tensor.to(dtype)
+            is_final = stored is None and not any(part in name for part in kept_wide)
+            tensors[f"layers.{index}.{name.removeprefix(inside)}"] = tensor.to(dtype) if is_final else tensor
             del tensor
-        yield index, tensors
+        yield index, make_plain(tensors, stored, model.config, dtype)
+
+
+def _kept_wide(module: Any) -> frozenset[str]:
+    """Parts of the names of tensors that stay float32 in whatever dtype the model is."""
+    return frozenset(module._keep_in_fp32_modules_strict or ())
 
 
 def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted: set[str]) -> None:
     """Give the parameters `wanted` of `module` their values, converted as transformers would."""
     mapping: Any = get_model_conversion_mapping(module)
     plan = LoadStateDictConfig(
-        device_map={"": str(device)}, dtype=next(module.parameters()).dtype, weight_mapping=mapping
+        device_map={"": str(device)},
+        dtype=next(module.parameters()).dtype,
+        dtype_plan=dict.fromkeys(_kept_wide(module), torch.float32),
+        weight_mapping=mapping,
     )
     with _no_progress_bars():
         loaded, _ = convert_and_load_state_dict_in_model(module, tensors, plan)
@@ -139,10 +168,15 @@ def _place(module: Any, tensors: dict[str, Tensor], device: torch.device, wanted
 
 
 def stored_dtype(checkpoint: Checkpoint, span: Span | None) -> torch.dtype:
-    """The dtype of the largest tensor of `span`, or of the two ends: norms may be wider than the weights."""
+    """The dtype of the largest tensor of `span`, or of the two ends: norms may be wider than the weights.
+
+    Quantised tensors stand for bfloat16.
+    """
     names = checkpoint.head_tensors() if span is None else checkpoint.block_tensors(span)[span.start]
     largest = max((checkpoint.entry(name) for name in names), key=lambda entry: entry.nbytes)
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(largest.dtype, torch.float32)
+    if largest.dtype in ("F32", "F64"):
+        return torch.float32
+    return torch.float16 if largest.dtype == "F16" else torch.bfloat16
 
 
 @contextmanager

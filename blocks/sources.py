@@ -1,4 +1,4 @@
-"""Where a model's files come from: a local folder, the hub, or the package that carries an alias.
+"""Where a model's files come from: a local folder, the hub, a storage far away, or the package of an alias.
 
 A source has its small files (config, index, tokenizer) in `folder` and gets weights files on demand.
 Knows nothing of what the files hold.
@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from swarm.blocks import conversion, hub
-from swarm.blocks.checkpoint import INDEX_FILE, SINGLE_FILE, missing_file, weights_files
+from swarm.blocks import conversion, hub, remote
+from swarm.blocks.checkpoint import INDEX_FILE, SINGLE_FILE, weights_files
 from swarm.blocks.files import exclusive
 from swarm.blocks.fingerprint import digests_of
+from swarm.blocks.ranks import rank_files
+from swarm.blocks.storage import LocalStorage, Storage, missing_file
 from swarm.errors import InputError, SwarmError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class Source(Protocol):
     def folder(self) -> Path:
         """Where the small files are, and the weights files that were fetched."""
 
+    @property
+    def storage(self) -> Storage:
+        """Where the weights files are read from."""
+
     def digests(self, on_progress: OnProgress) -> dict[str, str]:
         """The SHA-256 of every weights file, by its name, whether it is here or not."""
 
@@ -69,17 +75,21 @@ class LocalFolder:
     folder: Path
     cache: Path
 
+    @property
+    def storage(self) -> LocalStorage:
+        return LocalStorage(self.folder)
+
     def digests(self, on_progress: OnProgress) -> dict[str, str]:
-        files = weights_files(self.folder)
-        _require_weights(os.listdir(self.folder), str(self.folder))
+        names = self.storage.names
+        files = weights_files(self.folder, names)
+        _require_weights(names, str(self.folder))
         self.fetch(files, on_progress)
-        paths = [self.folder / file for file in files]
-        return digests_of(paths, self.cache / "hashes", partial(on_progress, "hashing"))
+        return digests_of(self.storage, files, self.cache / "hashes", partial(on_progress, "hashing"))
 
     def fetch(self, files: Sequence[str], on_progress: OnProgress) -> None:
         for file in files:
             if not (self.folder / file).is_file():
-                raise missing_file(self.folder / file)
+                raise missing_file(self.storage.where(file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +113,17 @@ class HubRepository:
         paths = {name: hub.fetch(snapshot, name) for name in snapshot.small_files}
         return cls(snapshot, paths["config.json"].parent, cache)
 
+    @property
+    def storage(self) -> LocalStorage:
+        return LocalStorage(self.folder, tuple(self.snapshot.files))
+
     def digests(self, on_progress: OnProgress) -> dict[str, str]:
-        files = weights_files(self.folder)
+        files = weights_files(self.folder, self.storage.names)
         known = {file: self._file(file).sha256 for file in files}
         unknown = [file for file, digest in known.items() if digest is None]
         self.fetch(unknown, on_progress)
-        paths = [self.folder / file for file in unknown]
-        hashed = digests_of(paths, self.cache / "hashes", partial(on_progress, "hashing")) if paths else {}
+        report = partial(on_progress, "hashing")
+        hashed = digests_of(self.storage, unknown, self.cache / "hashes", report) if unknown else {}
         return {file: digest or hashed[file] for file, digest in known.items()}
 
     def fetch(self, files: Sequence[str], on_progress: OnProgress) -> None:
@@ -134,6 +148,38 @@ class HubRepository:
         return self.snapshot.files[name]
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteFolder:
+    """A folder of a storage far away, which has no file of weights copied here: they are read in ranges."""
+
+    storage: remote.RemoteStorage
+    folder: Path
+    cache: Path
+
+    @classmethod
+    def open(cls, url: str, cache: Path) -> "RemoteFolder":
+        """Have the small files here.
+
+        Raises:
+            InputError: there is no such folder, it is no model, or it cannot be read.
+            SwarmError: the storage does not answer.
+        """
+        storage = remote.RemoteStorage.at(url)
+        _require_config(storage.names, url)
+        _require_weights(storage.names, url)
+        return cls(storage, remote.fetch_small_files(storage, cache / "remote"), cache)
+
+    def digests(self, on_progress: OnProgress) -> dict[str, str]:
+        files = weights_files(self.folder, self.storage.names)
+        self.fetch(files, on_progress)
+        return digests_of(self.storage, files, self.cache / "hashes", partial(on_progress, "hashing"))
+
+    def fetch(self, files: Sequence[str], on_progress: OnProgress) -> None:
+        for file in files:
+            if file not in self.storage.names:
+                raise missing_file(self.storage.where(file))
+
+
 def cache_folder(chosen: Path | None = None) -> Path:
     """Where converted models, pins and hashes are kept: `chosen`, SWARM_CACHE, or the user's cache."""
     if chosen is not None:
@@ -144,12 +190,14 @@ def cache_folder(chosen: Path | None = None) -> Path:
 
 
 def find_source(name: str, cache: Path, on_progress: OnProgress) -> Source:
-    """What `name` stands for: an existing folder, else an alias, else a repository `owner/name[@revision]`.
+    """What `name` stands for: a URL, an existing folder, an alias, or a repository `owner/name[@revision]`.
 
     Raises:
         InputError: it is none of these, or there is no such model.
-        SwarmError: the hub has to be asked and cannot be reached.
+        SwarmError: the hub or the storage has to be asked and cannot be reached.
     """
+    if remote.is_url(name):
+        return RemoteFolder.open(name, cache)
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~", "\\")) or (name.count("/") > 1 and "@" not in name):
         return _local_folder(path, cache)
@@ -160,7 +208,7 @@ def find_source(name: str, cache: Path, on_progress: OnProgress) -> Source:
         return HubRepository.open(hub.find(repository["name"], revision, cache), cache)
     raise InputError(
         f"'{name}' is no model: there is no such folder, and it is no short name.",
-        f"Give a folder, a hub repository as owner/name, or one of: {', '.join(ALIASES)}.",
+        f"Give a folder or its URL, a hub repository as owner/name, or one of: {', '.join(ALIASES)}.",
     )
 
 
@@ -198,7 +246,7 @@ def _aliased(name: str, alias: Alias, cache: Path, on_progress: OnProgress) -> S
 def _downloaded(alias: Alias, cache: Path, on_progress: OnProgress) -> HubRepository:
     snapshot = hub.find(alias.repository, hub.DEFAULT_REVISION, cache, PROBE_TIMEOUT)
     source = HubRepository.open(snapshot, cache)
-    source.fetch(weights_files(source.folder), on_progress)
+    source.fetch(weights_files(source.folder, source.storage.names), on_progress)
     return source
 
 
@@ -221,7 +269,7 @@ def _require_config(names: Collection[str], where: str) -> None:
 
 
 def _require_weights(names: Collection[str], where: str) -> None:
-    if SINGLE_FILE in names or INDEX_FILE in names:
+    if SINGLE_FILE in names or INDEX_FILE in names or rank_files(names):
         return
     if any(name.endswith(_PICKLES) for name in names):
         raise InputError(

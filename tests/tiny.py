@@ -41,8 +41,51 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Glm4": {},
     "SmolLM3": {"no_rope_layer_interval": 2},
     "Cohere2": {"sliding_window": 9, "sliding_window_pattern": 3},
+    "Granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+    "Llama4": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 40,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+        "attention_chunk_size": 9,
+        "floor_scale": 4,
+    },
+    "DeepseekV3": {
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+        "kv_lora_rank": 12,
+        "q_lora_rank": 20,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 10,
+        "num_mtp_layers": 0,
+    },
+    "Qwen3Next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "full_attention_interval": 3,
+        "linear_conv_kernel_dim": 3,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
-CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig"}
+CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 MODEL_NAMES = {"Gemma3": "Gemma3ForCausalLM"}
 
 
@@ -53,7 +96,11 @@ def tiny_model(family: str, seed: int = 0) -> Any:
         **{**COMMON, **SPECIAL[family]}
     )
     config._attn_implementation = "eager"
-    return getattr(transformers, MODEL_NAMES.get(family, f"{family}ForCausalLM"))(config).eval()
+    model = getattr(transformers, MODEL_NAMES.get(family, f"{family}ForCausalLM"))(config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # all zero in a fresh model, which would hide its loss
+            buffer.normal_()
+    return model
 
 
 def tiny_checkpoint(folder: Path, family: str = "Llama", *, shard_size: str = "5GB", seed: int = 0) -> Any:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swarm.blocks import checkpoint as reading
-from swarm.blocks.checkpoint import Checkpoint, read_header
+from swarm.blocks import reading
+from swarm.blocks.checkpoint import Checkpoint
 from swarm.errors import InputError
 from swarm.spans import Span
 
@@ -59,12 +59,6 @@ def write_index(folder: Path, weight_map: object) -> None:
     )
 
 
-def write_raw(path: Path, header: object, data: bytes = b"") -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
-
-
 @pytest.mark.parametrize("save", [save_single, save_sharded])
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("memory_budget", [1, 3000, 2**30])
@@ -106,11 +100,6 @@ def test_read_keeps_dtype_and_shape(tmp_path, tensor):
     )
 
 
-def test_every_known_dtype_exists_in_torch():
-    for size, name in reading.DTYPES.values():
-        assert getattr(torch, name).itemsize == size
-
-
 def test_read_goes_through_large_tensors_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "READ_CHUNK_BYTES", 7)
     tensors = {"a": torch.randn(100), "b": torch.randn(33)}
@@ -126,7 +115,7 @@ def test_read_keeps_to_its_memory_budget(tmp_path, monkeypatch):
     tensors = {f"t{i:02}": torch.zeros(250) for i in range(20)}
     save_single(tmp_path, tensors)
     started: list[str] = []
-    monkeypatch.setattr(reading, "_read_tensor", lambda _, entry, *rest: started.append(entry.name))
+    monkeypatch.setattr(reading, "read_tensor", lambda _, entry, *rest: started.append(entry.name))
 
     ahead = []
     for taken, _ in enumerate(
@@ -261,67 +250,34 @@ def test_a_garbled_index(tmp_path, text):
         Checkpoint(tmp_path, BLOCKS)
 
 
-GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+@pytest.mark.parametrize("memory_budget", [1, 3000, 2**30])
+def test_tensors_that_share_storage_are_read_once_and_stay_one(tmp_path, monkeypatch, memory_budget):
+    read_tensor, started = reading.read_tensor, []
+    monkeypatch.setattr(reading, "read_tensor", lambda *given: started.append(given) or read_tensor(*given))
+    [a, b] = tensors = [torch.randn(250), torch.randn(500)]
+    save_shared(tmp_path, {"a": a, "b": b}, {"c": "a"})
+
+    names = ["a", "b", "c", "b", "a"]
+    read = [tensor for _, tensor in Checkpoint(tmp_path, BLOCKS).read(names, memory_budget=memory_budget)]
+    assert all(torch.equal(tensor, tensors[at]) for tensor, at in zip(read, [0, 1, 0, 1, 0], strict=True))
+    assert read[0].data_ptr() == read[2].data_ptr() == read[4].data_ptr()
+    assert len(started) == 2
 
 
-@pytest.mark.parametrize(
-    ("header", "reason"),
-    [
-        (b"not json", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        ([], "not a JSON object"),
-        ({"a": 3}, "lacks"),
-        ({"a": {**GOOD, "data_offsets": [0]}}, "lacks"),
-        ({"a": {**GOOD, "data_offsets": [0, 8.0]}}, "lacks"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "lacks"),
-        ({"a": {**GOOD, "dtype": "F31"}}, "unknown dtype 'F31'"),
-        ({"a": {**GOOD, "shape": [-1, -2]}}, "impossible shape"),
-        ({"a": {**GOOD, "shape": ["2"]}}, "impossible shape"),
-        ({"a": {**GOOD, "shape": [True, 2]}}, "impossible shape"),
-        ({"a": {**GOOD, "shape": [3]}}, "do not match"),
-        ({"a": {**GOOD, "data_offsets": [-8, 0]}}, "do not match"),
-        ({"a": {**GOOD, "data_offsets": [8, 0]}}, "do not match"),
-        ({"a": GOOD, "b": GOOD}, "overlap"),
-        ({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, "overlap"),
-        ({"a": {**GOOD, "shape": [2**62], "data_offsets": [0, 2**64]}}, "truncated"),
-        ({"a": {**GOOD, "data_offsets": [16, 24]}}, "truncated"),
-    ],
-)
-def test_a_malformed_header_is_refused(tmp_path, header, reason):
-    with pytest.raises(InputError, match=reason):
-        read_header(write_raw(tmp_path / "x.safetensors", header, bytes(16)))
+def test_what_was_read_is_not_kept_for_who_asks_for_it_later(tmp_path):
+    save_single(tmp_path, {"a": torch.randn(10)})
+    checkpoint = Checkpoint(tmp_path, BLOCKS)
+
+    [(_, first)], [(_, second)] = checkpoint.read(["a"]), checkpoint.read(["a"])
+    assert first.data_ptr() != second.data_ptr()
 
 
-def test_a_well_formed_header_is_not_refused(tmp_path):
-    header = {"__metadata__": {"format": "pt"}, "a": GOOD, "b": {**GOOD, "data_offsets": [8, 16]}}
-
-    assert set(read_header(write_raw(tmp_path / "x.safetensors", header, bytes(16)))) == {"a", "b"}
-
-
-@pytest.mark.parametrize("keep", [0, 3, 8, 100, -1])
-def test_a_truncated_file_is_called_truncated(tmp_path, keep):
-    path = save_single(tmp_path, llama_tensors())
-    path.write_bytes(path.read_bytes()[:keep])
-
-    with pytest.raises(InputError, match="truncated"):
-        read_header(path)
-
-
-def test_an_enormous_header_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_HEADER_BYTES", 10)
-
-    with pytest.raises(InputError, match="larger than"):
-        read_header(write_raw(tmp_path / "x.safetensors", {"a": GOOD}, bytes(8)))
-
-
-def test_a_header_length_beyond_the_file_costs_no_memory(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
-
-    with pytest.raises(InputError, match="truncated"):
-        read_header(path)
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(InputError, match="missing"):
-        read_header(tmp_path / "x.safetensors")
+def save_shared(folder: Path, tensors: dict[str, torch.Tensor], same: dict[str, str]) -> None:
+    """`same` names tensors that lie where others do."""
+    path = save_single(folder, tensors)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header |= {name: header[other] for name, other in same.items()}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])

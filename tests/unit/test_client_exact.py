@@ -102,6 +102,28 @@ async def test_turns_that_keep_their_kv_are_as_exact(checkpoint: tuple[Path, Any
 
 
 @in_virtual_time
+async def test_sessions_that_begin_with_what_is_kept_are_as_exact(checkpoint: tuple[Path, Any]) -> None:
+    folder, whole = checkpoint
+    async with serving(resolve(str(folder))) as swarm:
+        options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+        system = [(5 * at) % 120 + 4 for at in range(70)]
+        for prompt, cached in (
+            (system, 0),
+            ([*system, 9, 8, 7], 64),
+            ([*system[:40], 1, *system[41:]], 32),
+            (system[:64], 63),
+            (system, 64),
+        ):
+            answer = await swarm.stream_tokens(prompt, options).result()
+            assert list(answer.token_ids) == greedy(whole, prompt, 8)
+            assert answer.cached_tokens == cached
+            turn = [*prompt, *answer.token_ids, 3, 4]
+        answer = await swarm.stream_tokens(turn, options).result()
+        assert list(answer.token_ids) == greedy(whole, turn, 8)
+        assert answer.cached_tokens == 64
+
+
+@in_virtual_time
 async def test_chat_goes_through_the_template(checkpoint: tuple[Path, Any]) -> None:
     folder, whole = checkpoint
     async with serving(resolve(str(folder))) as swarm:

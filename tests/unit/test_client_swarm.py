@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.client.faults import ConnectionLost, NoCapacity, RemoteFault, RequestRefused
+from swarm.client.faults import NoCapacity, NoRoom, RemoteFault, RequestRefused, SessionLost, WarmingUp
+from swarm.client.leg import Deadlines
 from swarm.client.route import NoRoute
-from swarm.client.session import Deadlines
 from swarm.errors import InputError
 from swarm.net import messages
 from swarm.net.transport import TransportError
@@ -71,10 +71,11 @@ async def test_long_prompt_is_pipelined_in_chunks() -> None:
             server.before_step = compute
         toy["b"].max_step_tokens = 50
         answer = await toy.swarm.generate(prompt, raw=True, max_new_tokens=1)
-    assert toy["a"].steps == [(0, 50), (50, 50), (100, 50), (150, 50)]
+    # of the 50 tokens that b allows, whole pages
+    assert toy["a"].steps == [(at, min(32, 200 - at)) for at in range(0, 200, 32)]
     assert list(answer.token_ids) == toy.ends.expected(list(prompt.encode()), 1)
-    # four chunks through three hops of a second each: six seconds, where twelve would be one after another
-    assert answer.ttft_ms == pytest.approx(6000)
+    # seven chunks through three hops of a second each: nine seconds, where 21 would be one after another
+    assert answer.ttft_ms == pytest.approx(9000)
 
 
 @in_virtual_time
@@ -112,7 +113,7 @@ async def test_same_prompt_again_steps_its_last_token() -> None:
     async with toy_swarm(THREE) as toy:
         conversation = toy.swarm.conversation()
         for _ in range(2):
-            _, hidden = await conversation.begin(PROMPT, 1)
+            hidden = (await conversation.begin(PROMPT, 1)).hidden
             assert hidden.tolist() == [[PROMPT[-1], 6, sum(PROMPT), len(PROMPT)]]
         assert toy["a"].steps == [(0, 19), (18, 1)]
         await conversation.close()
@@ -265,11 +266,12 @@ async def test_warming_up_step_is_repeated() -> None:
     ("code", "kind"),
     [
         ("internal", RemoteFault),
-        ("unknown_session", RemoteFault),
+        ("unknown_session", SessionLost),
         ("model_mismatch", RemoteFault),
         ("bad_request", RequestRefused),
         ("draining", NoCapacity),
-        ("no_capacity", NoCapacity),
+        ("no_capacity", NoRoom),
+        ("warming_up", WarmingUp),
     ],
 )
 @in_virtual_time
@@ -316,7 +318,7 @@ async def test_hop_that_dies_while_answering_is_named() -> None:
 
         doomed.before_step = die
         chat = toy.swarm.chat(max_new_tokens=10)
-        with pytest.raises(ConnectionLost, match="which serves blocks 2 to 3, closed the connection"):
+        with pytest.raises(SessionLost, match="which serves blocks 2 to 3, closed the connection"):
             await chat.ask("hi").result()
         assert chat.messages == []
         # the chat goes on: the next route finds the peer gone and takes the other
@@ -425,7 +427,7 @@ async def test_peers_report() -> None:
         reports = [report.as_json() for report in toy.swarm.peers()]
     assert [report["blocks"] for report in reports] == [[0, 2], [2, 4], [4, 6]]
     assert set(reports[0]) == {
-        *("peer", "name", "model", "state", "blocks", "progress"),
+        *("peer", "name", "model", "state", "blocks", "progress", "asleep"),
         *("throughput", "kv_tokens_left", "rtt_ms", "version"),
     }
     assert reports[0]["rtt_ms"] is not None
@@ -436,7 +438,7 @@ async def test_json_of_an_answer_keeps_the_contract() -> None:
     async with toy_swarm(THREE) as toy:
         found = (await toy.swarm.generate("hi", raw=True, max_new_tokens=2)).as_json()
     assert set(found) >= {"text", "token_ids", "usage", "timing", "route", "recoveries"}
-    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
+    assert found["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0}
     assert set(found["timing"]) == {"ttft_ms", "tokens_per_s"}
     assert set(found["route"][0]) == {"peer", "blocks", "rtt_ms", "compute_ms", "queue_ms"}
     assert found["route"][2]["blocks"] == [4, 6]

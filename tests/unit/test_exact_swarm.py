@@ -32,7 +32,7 @@ class Silent:
     """Implements `Events`."""
 
     def listening(self, *_: Any) -> None: ...
-    def phase(self, *_: Any) -> None: ...
+    def phase(self, *_: Any, **__: Any) -> None: ...
 
 
 @asynccontextmanager
@@ -46,7 +46,7 @@ async def swarm_of(
     entry = ModelEntry(
         model_id=model.model_id, name="tiny", num_blocks=model.num_blocks, fingerprint=model.fingerprint
     )
-    config = EngineConfig(dtype="float32", device="cpu", kv_tokens=400)
+    config = EngineConfig(dtype="float32", device="cpu", kv_tokens=416)
 
     def server(span: Span) -> Server:
         identity = Identity.from_seed(str(span))
@@ -69,7 +69,7 @@ async def swarm_of(
         await asyncio.sleep(1.0)
         for one in servers:
             assert one.cell.engine is not None
-            assert one.cell.engine.kv_tokens_left == 400, "sessions that have ended hold no memory"
+            assert one.cell.engine.kv_tokens_left == 416, "sessions that have ended hold no memory"
         stop.set()
 
 

@@ -6,7 +6,9 @@ import os
 import pytest
 
 from swarm.blocks import fingerprint as hashing
+from swarm.blocks import storage
 from swarm.blocks.fingerprint import digests_of, file_digest, fingerprint
+from swarm.blocks.storage import LocalStorage
 from swarm.errors import InputError
 
 CONFIG = {"model_type": "llama", "hidden_size": 16, "architectures": ["A", "B"], "rope": {"theta": 1e4}}
@@ -43,48 +45,48 @@ def test_what_changes_the_model_changes_its_fingerprint(config, digests):
 
 
 def test_the_digest_is_sha256(tmp_path, monkeypatch):
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(storage, "HASH_CHUNK_BYTES", 7)
     data = os.urandom(1000)
     (tmp_path / "a").write_bytes(data)
 
-    assert file_digest(tmp_path / "a", tmp_path / "cache") == hashlib.sha256(data).hexdigest()
+    assert file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache") == hashlib.sha256(data).hexdigest()
 
 
 def test_an_untouched_file_is_hashed_once(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    first = file_digest(tmp_path / "a", tmp_path / "cache")
-    monkeypatch.setattr(hashing, "_hash", lambda path: pytest.fail("hashed again"))
+    first = file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache")
+    monkeypatch.setattr(hashing, "sha256_of", lambda *_: pytest.fail("hashed again"))
 
-    assert file_digest(tmp_path / "a", tmp_path / "cache") == first
-    assert file_digest(tmp_path / "link", tmp_path / "cache") == first
+    assert file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache") == first
+    assert file_digest(LocalStorage(tmp_path), "link", tmp_path / "cache") == first
 
 
 def test_a_changed_file_is_hashed_again(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"x")
-    first = file_digest(path, tmp_path / "cache")
+    first = file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache")
     path.write_bytes(b"y")
     os.utime(path, ns=(1, 1))
 
-    assert file_digest(path, tmp_path / "cache") != first
+    assert file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache") != first
 
 
 @pytest.mark.parametrize("garbage", [b"", b"zz", b"ab" * 31, b"\xff" * 64])
 def test_a_garbled_cache_is_not_believed(tmp_path, garbage):
     (tmp_path / "a").write_bytes(b"x")
-    first = file_digest(tmp_path / "a", tmp_path / "cache")
+    first = file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache")
     for remembered in (tmp_path / "cache").iterdir():
         remembered.write_bytes(garbage)
 
-    assert file_digest(tmp_path / "a", tmp_path / "cache") == first
+    assert file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache") == first
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "cache").write_bytes(b"a file where the folder should be")
 
-    assert file_digest(tmp_path / "a", tmp_path / "cache") == hashlib.sha256(b"x").hexdigest()
+    assert file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache") == hashlib.sha256(b"x").hexdigest()
 
 
 def test_digests_come_by_file_name_with_progress(tmp_path):
@@ -93,7 +95,9 @@ def test_digests_come_by_file_name_with_progress(tmp_path):
         path.write_bytes(path.name.encode() * 10)
     progress: list[float] = []
 
-    digests = digests_of(paths, tmp_path / "cache", progress.append)
+    digests = digests_of(
+        LocalStorage(tmp_path), [path.name for path in paths], tmp_path / "cache", progress.append
+    )
 
     assert digests == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     assert progress == sorted(progress)
@@ -102,4 +106,4 @@ def test_digests_come_by_file_name_with_progress(tmp_path):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
-        file_digest(tmp_path / "a", tmp_path / "cache")
+        file_digest(LocalStorage(tmp_path), "a", tmp_path / "cache")

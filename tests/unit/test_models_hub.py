@@ -120,7 +120,7 @@ def test_the_hubs_own_cache_serves_without_network(hub, cache, monkeypatch):
     refs.mkdir(exist_ok=True)
     (refs / "main").write_text(COMMIT)
     hub.is_up = False
-    monkeypatch.setattr("swarm.blocks.fingerprint._hash", lambda path: pytest.fail("hashed a blob"))
+    monkeypatch.setattr("swarm.blocks.fingerprint.sha256_of", lambda *_: pytest.fail("hashed a blob"))
 
     offline = resolve(NAME, cache_dir=cache / "second")
 

@@ -46,6 +46,10 @@ def test_what_fits_is_admitted() -> None:
         ({"end": 5}, {}, "bad_request", None),
         ({"start": 4}, {}, "bad_request", None),
         ({"start": 3, "end": 3}, {}, "bad_request", None),
+        ({"page_keys": bytes(17)}, {}, "bad_request", None),
+        ({"page_keys": bytes(16)}, {}, "bad_request", None),
+        ({"page_keys": bytes(48), "max_tokens": 95}, {}, "bad_request", None),
+        ({"page_keys": bytes(17)}, {"phase": "joining"}, "bad_request", None),
         ({}, {"phase": "joining"}, "warming_up", 3.0),
         ({}, {"phase": "draining"}, "draining", None),
         ({}, {"phase": "left"}, "draining", None),
@@ -78,12 +82,64 @@ def test_opening_is_refused(
         ({"shape": (2**31, 3), "seq_pos": 0}, 12 * 2**31, "bad_request", "4 tokens at most"),
         ({"seq_pos": 9}, 24, "bad_request", "leave a gap"),
         ({"shape": (3, 3)}, 36, "bad_request", "opened for 10 tokens, not 11"),
+        ({"page_keys": bytes(15)}, 24, "bad_request", "16 bytes each; 15"),
+        ({"page_keys": bytes(16)}, 24, "bad_request", "0 full pages to name here at most, not 1"),
     ],
 )
 def test_a_step_is_refused(step: dict[str, object], body: int, code: str, says: str) -> None:
     error = refuse_step(changed(STEP, **step), body, TERMS, "serving")
     assert error is not None
     assert error.code == code
+    assert re.search(says, error.message)
+
+
+ROOMY = replace(TERMS, max_tokens=1000, max_step_tokens=64, length=100)
+
+
+@pytest.mark.parametrize(
+    ("seq_pos", "tokens", "pages"),
+    [(0, 31, 0), (0, 32, 1), (31, 1, 1), (32, 31, 0), (33, 63, 2), (100, 28, 1), (95, 1, 1), (96, 1, 0)],
+)
+def test_a_step_names_no_more_pages_than_it_fills(seq_pos: int, tokens: int, pages: int) -> None:
+    step = changed(STEP, seq_pos=seq_pos, shape=(tokens, 3), page_keys=bytes(16 * pages))
+    assert refuse_step(step, 12 * tokens, ROOMY, "serving") is None
+    one_more = changed(step, page_keys=bytes(16 * (pages + 1)))
+    error = refuse_step(one_more, 12 * tokens, ROOMY, "serving")
+    assert error is not None
+    assert f"{pages} full pages" in error.message
+
+
+def test_an_opening_names_pages_of_what_it_may_hold() -> None:
+    assert refuse_open(changed(OPEN, page_keys=bytes(48), max_tokens=96), OFFER, LIMITS) is None
+
+
+THIN = replace(TERMS, takes_token_ids=True)
+IDS = changed(STEP, payload_type="token_ids", shape=(2,), dtype="uint32")
+
+
+def test_token_ids_are_admitted_where_the_session_takes_them_beside_hidden_states() -> None:
+    assert refuse_step(IDS, 8, THIN, "serving") is None
+    assert refuse_step(STEP, 24, THIN, "serving") is None
+
+
+@pytest.mark.parametrize(
+    ("step", "body", "terms", "says"),
+    [
+        ({}, 8, TERMS, "hidden states only"),
+        ({}, 7, THIN, "8 bytes, not 7"),
+        ({}, 24, THIN, "8 bytes, not 24"),
+        ({"shape": (2, 3)}, 24, THIN, r"shape \[tokens\], not uint32 raw \[2, 3\]"),
+        ({"dtype": "float32"}, 8, THIN, "not float32 raw"),
+        ({"codec": "scaled"}, 16, THIN, "not uint32 scaled"),
+        ({"shape": (3,)}, 12, THIN, "opened for 10 tokens, not 11"),
+        ({"shape": (5,), "seq_pos": 0}, 20, THIN, "4 tokens at most"),
+        ({"seq_pos": 9}, 8, THIN, "leave a gap"),
+    ],
+)
+def test_token_ids_are_refused(step: dict[str, object], body: int, terms: Terms, says: str) -> None:
+    error = refuse_step(changed(IDS, **step), body, terms, "serving")
+    assert error is not None
+    assert error.code == "bad_request"
     assert re.search(says, error.message)
 
 
@@ -105,6 +161,8 @@ def test_a_rollback_is_admitted() -> None:
         ({}, 4 * 3 * 4),
         ({"max_tokens": 2}, 2 * 3 * 4),
         ({"dtype": "float16", "codec": "scaled"}, 4 * 3 * 2 + 4 * 4),
+        ({"takes_token_ids": True}, 4 * 3 * 4),
+        ({"dtype": "float16", "hidden_size": 1, "takes_token_ids": True}, 4 * 4),
     ],
 )
 def test_the_body_limit_is_what_one_step_of_the_session_can_hold(

@@ -1,8 +1,10 @@
 """The shard cell: its table of moves, its progress, and what happens when filling it ends early."""
 
 import asyncio
+import weakref
+from dataclasses import replace
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -18,6 +20,7 @@ from swarm.server.cell import (
     IllegalMove,
     OnProgress,
     ShardCell,
+    ShardView,
     advance,
     estimate_wait,
 )
@@ -26,7 +29,13 @@ from tests.fake_engine import FakeEngine
 
 SPAN = Span(2, 4)
 STATES: tuple[PeerState, ...] = get_args(PeerState)
-LEGAL = {("joining", "serving"), ("joining", "left"), ("serving", "draining"), ("draining", "left")}
+LEGAL = {
+    ("joining", "serving"),
+    ("joining", "left"),
+    ("serving", "joining"),
+    ("serving", "draining"),
+    ("draining", "left"),
+}
 
 
 @pytest.mark.parametrize(("phase", "to"), sorted(LEGAL))
@@ -148,3 +157,109 @@ async def test_closing_empties_the_cell_and_may_be_repeated() -> None:
     cell.close()
     assert engine.is_closed
     assert cell.engine is None
+
+
+class Loads:
+    """Loads an engine each time, in ten seconds, and remembers when it began."""
+
+    def __init__(self, **engine: Any):
+        self.began_at: list[float] = []
+        self.engines: list[FakeEngine] = []
+        self._engine = engine
+
+    async def __call__(self, on_progress: OnProgress) -> FakeEngine:
+        self.began_at.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(5)
+        on_progress(0.5)
+        await asyncio.sleep(5)
+        self.engines.append(FakeEngine(**self._engine))
+        return self.engines[-1]
+
+
+@in_virtual_time
+async def test_evicted_it_sleeps_until_woken_and_is_filled_anew() -> None:
+    load = Loads()
+    seen: list[tuple[str, float, bool]] = []
+    cell = ShardCell(SPAN, load, lambda: seen.append((cell.phase, cell.progress, cell.is_asleep)))
+    await cell.wait_wanted()
+    cell.wake()
+    await cell.fill()
+    assert not cell.is_asleep
+    await cell.evict()
+    assert (cell.phase, cell.progress, cell.is_asleep, cell.engine) == ("joining", 0.0, True, None)
+    assert load.engines[0].is_closed
+    assert cell.retry_after() == UNKNOWN_RETRY
+    waiting = asyncio.create_task(cell.wait_wanted())
+    await asyncio.sleep(100)
+    assert not waiting.done()
+    cell.wake()
+    cell.wake()
+    await waiting
+    await cell.fill()
+    assert cell.engine is load.engines[1]
+    filling = [("joining", 0.5, False), ("joining", 1.0, False), ("serving", 1.0, False)]
+    assert seen == [*filling, ("joining", 0.0, True), ("joining", 0.0, False), *filling]
+
+
+@in_virtual_time
+async def test_nothing_loads_before_the_memory_of_the_last_engine_is_back() -> None:
+    load = Loads(closing_seconds=7.0)
+    cell = ShardCell(SPAN, load)
+    await cell.fill()
+    evicting = asyncio.create_task(cell.evict())
+    await asyncio.sleep(1)
+    assert cell.is_asleep
+    cell.wake()
+    await cell.fill()
+    assert evicting.done()
+    assert load.began_at == [0.0, 17.0]
+
+
+@in_virtual_time
+async def test_only_a_serving_cell_can_be_evicted() -> None:
+    cell = ShardCell(SPAN, Loads())
+    with pytest.raises(IllegalMove):
+        await cell.evict()
+    filling = asyncio.create_task(cell.fill())
+    await asyncio.sleep(1)
+    with pytest.raises(IllegalMove):
+        await cell.evict()
+    await filling
+    cell.move("draining")
+    with pytest.raises(IllegalMove):
+        await cell.evict()
+    assert cell.engine is not None
+
+
+@in_virtual_time
+async def test_an_evicted_engine_can_be_collected() -> None:
+    load = Loads()
+    cell = ShardCell(SPAN, load)
+    await cell.fill()
+    engine = load.engines.pop()
+    engine.itself = engine  # type: ignore[attr-defined]
+    gone = weakref.ref(engine)
+    del engine
+    await cell.evict()
+    assert gone() is None
+
+
+@in_virtual_time
+async def test_its_view_tells_what_it_holds() -> None:
+    cell = ShardCell(SPAN, Loads(shard_bytes=77), dtype="auto", quantization="int8")
+    empty = ShardView(
+        span=SPAN,
+        loaded=None,
+        bytes=0,
+        dtype="auto",
+        quantization="int8",
+        state="joining",
+        asleep=False,
+        progress=0.0,
+    )
+    assert cell.view() == empty
+    await cell.fill()
+    full = replace(empty, loaded=SPAN, bytes=77, dtype="float16", state="serving", progress=1.0)
+    assert cell.view() == full
+    await cell.evict()
+    assert cell.view() == replace(empty, dtype="float16", asleep=True)

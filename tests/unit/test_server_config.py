@@ -38,6 +38,74 @@ def test_options_arrive() -> None:
     assert (config.kv_tokens, config.threads, config.public_name) == (9, 2, "me")
 
 
+def test_what_a_server_may_take_is_bounded_only_where_asked() -> None:
+    config = config_from(parsed())
+    assert (config.memory_limit, config.max_vram, config.kv_tokens, config.threads) == (None,) * 4
+    assert (config.quantize, config.kv_overcommit, config.prefix_cache) == ("none", 1.0, True)
+    assert (config.evict_after, config.metrics_port) == (None, None)
+
+
+def test_bounds_arrive_in_bytes_and_seconds() -> None:
+    bounds = ("--memory-limit", "4GiB", "--max-vram-mb", "900", "--kv-overcommit", "1.5")
+    config = config_from(
+        parsed(
+            *bounds, "--evict-after", "10m", "--metrics-port", "0", "--no-prefix-cache", "--quantize", "nf4"
+        )
+    )
+    assert (config.memory_limit, config.max_vram) == (4 * 2**30, 900 * 2**20)
+    assert (config.kv_overcommit, config.evict_after, config.metrics_port) == (1.5, 600.0, 0)
+    assert (config.prefix_cache, config.quantize) == (False, "nf4")
+
+
+def test_blocks_may_be_left_to_the_server() -> None:
+    assert config_from(parsed("--blocks", "auto")).blocks is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--memory-limit", "much", "'much' is not a size"),
+        ("--memory-limit", "0", "not a size"),
+        ("--max-vram-mb", "4GiB", "not a whole number"),
+        ("--max-vram-mb", "0", "at least 1"),
+        ("--kv-overcommit", "lots", "'lots' is not a number"),
+        ("--evict-after", "0", "not a time"),
+        ("--evict-after", "soon", "'soon' is not a time"),
+        ("--metrics-port", "http", "invalid int"),
+        ("--quantize", "int3", "invalid choice: 'int3'"),
+        ("--blocks", "all", "'all' is not a span"),
+    ],
+)
+def test_values_that_mean_nothing(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, says: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(option, value)
+    assert ended.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert says in error
+    assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize("factor", ["0.9", "-1", "0", "nan", "inf", "101"])
+def test_an_overcommitment_that_is_none(factor: str) -> None:
+    with pytest.raises(InputError, match="overcommitment") as refused:
+        config_from(parsed(f"--kv-overcommit={factor}"))
+    assert "1 to 100" in refused.value.hint
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_metrics_port_out_of_range(port: str) -> None:
+    with pytest.raises(InputError, match=f"--metrics-port {port} is not possible"):
+        config_from(parsed(f"--metrics-port={port}"))
+
+
+def test_gpu_memory_of_a_server_without_a_gpu() -> None:
+    with pytest.raises(InputError, match="uses none") as refused:
+        config_from(parsed("--max-vram-mb", "100", "--device", "cpu"))
+    assert "--memory-limit" in refused.value.hint
+
+
 @pytest.mark.parametrize("port", ["-1", "65536"])
 def test_a_port_out_of_range(port: str) -> None:
     with pytest.raises(InputError, match="not possible"):
@@ -72,13 +140,31 @@ def test_others_are_told_an_address_that_works_from_their_machine() -> None:
 def test_json_events_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     events = JsonEvents()
     events.listening(PeerId("A"), [LOOPBACK])
+    events.metrics("http://127.0.0.1:9100/metrics")
     events.phase("joining", 0.4)
     events.phase("serving", 1.0)
+    events.phase("joining", 0.0, asleep=True)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
         {"event": "listening", "addresses": [LOOPBACK], "peer": "A"},
+        {"event": "metrics", "url": "http://127.0.0.1:9100/metrics"},
         {"event": "joining", "progress": 0.4},
         {"event": "serving"},
+        {"event": "joining", "progress": 0.0, "asleep": True},
     ]
+
+
+def test_people_are_told_that_blocks_were_let_go_and_see_them_load_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events = TextEvents("m", Span(0, 2), 6, is_first=False)
+    events.phase("joining", 0.5)
+    events.phase("serving", 1.0)
+    events.phase("joining", 0.0, asleep=True)
+    events.phase("joining", 0.0)
+    events.phase("serving", 1.0)
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["Serving.", "Blocks", "Serving."]
+    assert captured.err.count("Loading blocks 0:2") == 2
 
 
 @pytest.mark.parametrize("is_first", [True, False])

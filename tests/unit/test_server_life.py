@@ -1,7 +1,9 @@
 """A server's whole life: in-process network, records in memory, a fake engine, a virtual clock."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +15,13 @@ from swarm.dht.memory import MemoryStore
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError, SwarmError
 from swarm.net import messages
-from swarm.net.calls import MessageStream
+from swarm.net.calls import MessageStream, Refused
 from swarm.net.memory import MemoryNetwork
 from swarm.net.transport import PeerId, TransportError
 from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.net.wire import Link
 from swarm.server.cell import OnProgress
+from swarm.server.evicting import evict_on_request, evict_when_idle, requests
 from swarm.server.server import DRAIN_TIMEOUT, Network, Server, Shard
 from swarm.server.stopping import unless
 from swarm.spans import Span
@@ -37,8 +40,11 @@ class Recorded:
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
         self.seen.append(("listening", tuple(addresses)))
 
-    def phase(self, phase: PeerState, progress: float) -> None:
-        self.seen.append((phase, progress))
+    def metrics(self, url: str) -> None:
+        self.seen.append(("metrics", url))
+
+    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
+        self.seen.append(("asleep" if asleep else phase, progress))
 
 
 class World:
@@ -230,6 +236,146 @@ async def test_a_shard_that_cannot_be_loaded_is_withdrawn() -> None:
 
 
 @in_virtual_time
+async def test_evicted_it_is_announced_asleep_and_loads_again_for_the_next_session() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        client = await opened(world, life)
+        await life.server.evict()
+        await asyncio.sleep(1)
+        (asleep,) = await world.listed()
+        assert (asleep.state, asleep.asleep, asleep.progress) == ("joining", True, 0.0)
+        assert (asleep.kv_tokens_left, asleep.dtype) == (0, "float16")
+        assert world.engines["alice"].is_closed
+        await asyncio.sleep(500)
+        assert [peer.asleep for peer in await world.listed()] == [True]
+        assert (await refused(client.call(step(), bytes(12), timeout=5))).code == "unknown_session"
+        error = await refused(opened(world, life, "client2"))
+        assert error.code == "warming_up"
+        await asyncio.sleep(1)
+        (joining,) = await world.listed()
+        assert (joining.state, joining.asleep) == ("joining", False)
+        await asyncio.sleep(10)
+        (serving,) = await world.listed()
+        assert (serving.state, serving.asleep, serving.progress) == ("serving", False, 1.0)
+        await opened(world, life, "client3")
+        assert [name for name, _ in life.events.seen] == [
+            "listening",
+            *["joining"] * 3,
+            "serving",
+            "asleep",
+            *["joining"] * 3,
+            "serving",
+        ]
+
+
+@in_virtual_time
+async def test_evicting_what_is_not_serving_does_nothing() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await life.server.evict()
+        await asyncio.sleep(1)
+        await life.server.evict()
+        await asyncio.sleep(11)
+        assert await world.states() == ["serving"]
+        await asyncio.gather(life.server.evict(), life.server.evict())
+        await life.leave()
+        await life.server.evict()
+        assert [name for name, _ in life.events.seen][-3:] == ["serving", "asleep", "left"]
+
+
+@in_virtual_time
+async def test_a_reload_that_fails_ends_the_server_with_its_reason() -> None:
+    engines = iter([FakeEngine()])
+
+    async def once(on_progress: OnProgress) -> FakeEngine:
+        for engine in engines:
+            return engine
+        raise InputError("The file is gone.")
+
+    world = World()
+    async with world.server("alice", load=once) as life:
+        await asyncio.sleep(1)
+        await life.server.evict()
+        await refused(opened(world, life))
+        assert isinstance((await caught(life.task)), InputError)
+        assert await world.states() == []
+
+
+@in_virtual_time
+async def test_a_server_is_evicted_after_serving_for_long_without_a_session() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        idling = asyncio.create_task(evict_when_idle(life.server, 60.0))
+        await asyncio.sleep(10 + 59)
+        assert await world.states() == ["serving"]
+        client = await opened(world, life)
+        await asyncio.sleep(500)
+        assert await world.states() == ["serving"]
+        client.close()
+        await asyncio.sleep(59)
+        assert not life.server.cell.is_asleep
+        await asyncio.sleep(2)
+        assert life.server.cell.is_asleep
+        await refused(opened(world, life, "client2"))
+        await asyncio.sleep(10 + 59)
+        assert life.server.cell.phase == "serving"
+        await asyncio.sleep(2)
+        assert life.server.cell.is_asleep
+        idling.cancel()
+
+
+@in_virtual_time
+async def test_a_closed_session_is_none_though_its_stream_stays() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        idling = asyncio.create_task(evict_when_idle(life.server, 60.0))
+        await asyncio.sleep(12)
+        client = await opened(world, life)
+        await asyncio.sleep(100)
+        await client.call(messages.Close(session_id="1" * 32), timeout=5)
+        await asyncio.sleep(59)
+        assert not life.server.cell.is_asleep
+        await asyncio.sleep(2)
+        assert life.server.cell.is_asleep
+        idling.cancel()
+
+
+@in_virtual_time
+async def test_each_request_evicts_once_and_one_in_vain_is_forgotten() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        asked = asyncio.Event()
+        evicting = asyncio.create_task(evict_on_request(life.server, asked))
+        await asyncio.sleep(5)
+        asked.set()
+        await asyncio.sleep(10)
+        assert life.server.cell.phase == "serving"
+        asked.set()
+        await asyncio.sleep(1)
+        assert life.server.cell.is_asleep
+        await refused(opened(world, life))
+        await asyncio.sleep(12)
+        assert life.server.cell.phase == "serving"
+        evicting.cancel()
+
+
+def test_the_signal_sets_the_event_and_later_does_no_harm() -> None:
+    async def ask() -> None:
+        with requests() as asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            async with asyncio.timeout(5):
+                await asked.wait()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        asyncio.run(ask())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@in_virtual_time
 async def test_a_network_that_fails_ends_the_server_with_its_reason() -> None:
     world = World()
     async with world.server("alice") as life:
@@ -287,6 +433,12 @@ async def test_unless_gives_the_result_the_error_or_nothing() -> None:
         await unless(asked, after(1, asyncio.sleep))  # type: ignore[arg-type]
     asyncio.get_running_loop().call_later(1, asked.set)
     assert await unless(asked, after(1e6)) is None
+
+
+async def refused(asking: Coroutine[Any, Any, Any]) -> messages.Error:
+    with pytest.raises(Refused) as refusal:
+        await asking
+    return refusal.value.error
 
 
 async def caught(task: "asyncio.Task[None]") -> BaseException:

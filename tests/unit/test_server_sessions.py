@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swarm.blocks.errors import StepError
+from swarm.blocks.errors import NoCapacity, StepError
 from swarm.net import messages
 from swarm.net.calls import MessageStream, Refused, ping
 from swarm.net.memory import MemoryNetwork
@@ -52,14 +52,14 @@ class Host:
 
 
 @asynccontextmanager
-async def hosting(*, is_filled: bool = True, **limits: Any) -> AsyncIterator[Host]:
+async def hosting(*, span: Span = SPAN, is_filled: bool = True, **limits: Any) -> AsyncIterator[Host]:
     network = MemoryNetwork(default_link=Link(latency=0.01))
     engine = FakeEngine()
 
     async def load(on_progress: OnProgress) -> FakeEngine:
         return engine
 
-    cell = ShardCell(SPAN, load)
+    cell = ShardCell(span, load)
     sessions = Sessions("m", HIDDEN, cell, Limits(**limits))
     async with network.transport("server") as transport:
         await transport.listen(sessions.on_stream)
@@ -249,16 +249,40 @@ async def test_a_disconnect_frees_the_session() -> None:
 
 
 @in_virtual_time
-async def test_a_disconnect_during_a_step_frees_the_session_when_the_step_is_done() -> None:
+async def test_a_disconnect_cancels_the_running_step_and_frees_the_session_at_once() -> None:
     async with hosting() as host:
         client = await host.client()
         await ask(client, opening())
-        host.engine.seconds = 5.0
+        host.engine.seconds = 1000.0
         await client.send(stepping(0, 1), values(1))
         await asyncio.sleep(1)
         client.close()
-        await asyncio.sleep(5)
+        await asyncio.sleep(0.02)
+        assert host.engine.dropped == [(ONE, 0)]
         assert not host.engine.sessions
+
+
+@pytest.mark.parametrize("header", [b"\xff", messages.encode(Pong(nonce=1))])
+@in_virtual_time
+async def test_a_message_sent_during_a_step_waits_its_turn_and_a_malformed_one_ends_the_step(
+    header: bytes,
+) -> None:
+    async with hosting() as host:
+        host.engine.seconds = 5.0
+        stream = await host.stream()
+        await stream.send(messages.encode(opening()))
+        await stream.send(messages.encode(stepping(0, 1)), values(1))
+        await stream.send(messages.encode(messages.Ping(nonce=1)))
+        answers = [messages.decode((await stream.receive())[0]) for _ in range(3)]
+        assert [type(answer) for answer in answers] == [Opened, Result, Pong]
+        await stream.send(messages.encode(stepping(1, 1)), values(1))
+        await stream.send(header)
+        answer = messages.decode((await stream.receive())[0])
+        if header == b"\xff":
+            assert isinstance(answer, messages.Error), "it cannot be read, so nothing after it can"
+            assert host.engine.dropped == [(ONE, 1)]
+        else:
+            assert isinstance(answer, Result)
 
 
 @in_virtual_time
@@ -274,6 +298,108 @@ async def test_an_idle_session_is_freed() -> None:
         assert not host.engine.sessions
         with pytest.raises(StreamClosed):
             await client.call(stepping(1, 1), values(1), timeout=5)
+
+
+@in_virtual_time
+async def test_pings_do_not_keep_a_session_but_a_long_step_does() -> None:
+    async with hosting(idle=600.0) as host:
+        client = await host.client()
+        await ask(client, opening())
+        host.engine.seconds = 1000.0
+        await client.call(stepping(0, 1), values(1), timeout=2000, max_body=100)
+        ended_at = asyncio.get_running_loop().time()
+        for _ in range(5):
+            await asyncio.sleep(100)
+            await ping(client)
+        assert host.engine.sessions
+        with pytest.raises(StreamClosed):
+            await stream_ended(client)
+        assert asyncio.get_running_loop().time() - ended_at == pytest.approx(600, abs=1)
+        assert not host.engine.sessions
+
+
+async def stream_ended(client: MessageStream) -> None:
+    while True:
+        await ping(client)
+        await asyncio.sleep(0.5)
+
+
+@in_virtual_time
+async def test_a_stream_of_pings_stays() -> None:
+    async with hosting(idle=600.0) as host:
+        client = await host.client()
+        for _ in range(20):
+            await asyncio.sleep(500)
+            await ping(client)
+
+
+@in_virtual_time
+async def test_a_frame_that_never_arrives_does_not_keep_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with hosting(idle=600.0) as host:
+        client = await host.client()
+        await ask(client, opening())
+        host.network.set_link("client", "server", bandwidth=0.001)
+        sending = asyncio.create_task(client.send(stepping(0, 1), values(1)))
+        await asyncio.sleep(601)
+        assert not host.engine.sessions
+        await asyncio.gather(sending, return_exceptions=True)
+
+
+@in_virtual_time
+async def test_a_session_begins_with_what_the_server_has_kept_of_its_pages_for_this_client() -> None:
+    async with hosting() as host:
+        host.engine.max_step_tokens = 64
+        keys = bytes(range(48))
+        first = await host.client()
+        opened = await ask(first, opening(max_tokens=100, page_keys=keys))
+        assert opened.held == 0
+        await first.call(stepping(0, 64, page_keys=keys[:32]), values(64), timeout=5, max_body=1000)
+        second = await host.client()
+        opened = await ask(second, opening(TWO, max_tokens=100, page_keys=keys, priority="bulk"))
+        assert opened.held == 64
+        assert host.engine.clients[TWO] == (host.clients["client"].peer, "bulk")
+        assert (await refusal(second, stepping(65, 1, TWO), values(1))).code == "bad_request"
+        assert isinstance(await ask(second, stepping(64, 1, TWO), values(1)), Result)
+        stranger = await host.client("stranger")
+        assert (await ask(stranger, opening("3" * 32, max_tokens=100, page_keys=keys))).held == 0
+
+
+@pytest.mark.parametrize(
+    ("span", "start", "takes_ids", "expected"),
+    [(Span(0, 4), 0, True, True), (Span(0, 4), 1, True, False), (Span(0, 4), 0, False, False)],
+)
+@in_virtual_time
+async def test_token_ids_are_taken_from_the_first_block_on_by_an_engine_that_can(
+    span: Span, start: int, takes_ids: bool, expected: bool
+) -> None:
+    async with hosting(span=span) as host:
+        host.engine.takes_token_ids = takes_ids
+        client = await host.client()
+        opened = await ask(client, opening(start=start))
+        assert opened.takes_token_ids == expected
+        step = stepping(0, 2, payload_type="token_ids", shape=(2,), dtype="uint32")
+        ids = array("I", [7, 9]).tobytes()
+        if not expected:
+            assert (await refusal(client, step, ids)).code == "bad_request"
+            return
+        result, body = await client.call(step, ids, timeout=5, max_body=100)
+        assert isinstance(result, Result)
+        assert result.shape == (2, HIDDEN)
+        assert bytes(body) == array("f", [7.0] * HIDDEN + [9.0] * HIDDEN).tobytes()
+
+
+@in_virtual_time
+async def test_a_step_without_room_leaves_the_session_open_where_the_step_began() -> None:
+    async with hosting() as host:
+        client = await host.client()
+        await ask(client, opening())
+        await ask(client, stepping(0, 4), values(4))
+        host.engine.failure = NoCapacity("full", 3.0)
+        error = await refusal(client, stepping(2, 4), values(4))
+        assert (error.code, error.message, error.retry_after) == ("no_capacity", "full", 3.0)
+        assert (await refusal(client, stepping(3, 1), values(1))).code == "bad_request"
+        assert isinstance(await ask(client, stepping(2, 4), values(4)), Result)
+        assert host.engine.sessions == {ONE: 20}
 
 
 @in_virtual_time
@@ -417,6 +543,47 @@ async def test_every_message_gets_one_answer_in_order() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await stream.receive()
+
+
+@in_virtual_time
+async def test_evicting_ends_sessions_and_running_steps_with_a_reason_and_keeps_their_streams() -> None:
+    async with hosting() as host:
+        busy, quiet = await host.client("a"), await host.client("b")
+        await ask(busy, opening(ONE))
+        await ask(quiet, opening(TWO))
+        host.engine.seconds = 1000.0
+        running = asyncio.create_task(refusal(busy, stepping(0, 1), values(1)))
+        await asyncio.sleep(1)
+        host.sessions.evict()
+        await host.cell.evict()
+        assert (host.sessions.count, host.engine.sessions) == (0, {})
+        error = await running
+        assert (error.code, "open it again" in error.message) == ("unknown_session", True)
+        assert host.engine.dropped == [(ONE, 0)]
+        assert (await refusal(quiet, stepping(0, 16, TWO), values(16))).code == "unknown_session"
+        assert isinstance(await ask(quiet, Close(session_id=TWO)), Closed)
+
+
+@in_virtual_time
+async def test_only_an_opening_that_could_be_served_wakes_a_cell_and_then_the_stream_can_be_used() -> None:
+    async with hosting() as host:
+        client = await host.client()
+        await ask(client, opening())
+        host.sessions.evict()
+        await host.cell.evict()
+        for wrong in (opening(model_id="other"), opening(start=1), opening(page_keys=b"x")):
+            assert (await refusal(client, wrong)).code != "warming_up"
+        await refusal(client, stepping(0, 1), values(1))
+        await ask(client, messages.Ping(nonce=1))
+        assert host.cell.is_asleep
+        error = await refusal(client, opening(max_tokens=40))
+        assert (error.code, error.retry_after is not None) == ("warming_up", True)
+        assert not host.cell.is_asleep
+        await host.cell.fill()
+        assert (await refusal(client, stepping(0, 1), values(1))).code == "unknown_session"
+        await ask(client, opening(max_tokens=40))
+        assert isinstance(await ask(client, stepping(0, 1), values(1)), Result)
+        assert host.engine.sessions == {ONE: 40}
 
 
 @pytest.mark.parametrize("at", [0.005, 0.015, 0.025, 1.0, 2.0, 3.0, 3.015])

@@ -7,18 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swarm.blocks.architecture import part_of
+from swarm.blocks.architecture import load_config
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.errors import NoCapacity, StepError
-from swarm.blocks.fused import fuse
+from swarm.blocks.families import kv_shapes
+from swarm.blocks.forward import PagedForward
 from swarm.blocks.head import Head
-from swarm.blocks.kv import SessionKV
 from swarm.blocks.models import Model, resolve
 from swarm.blocks.precision import choose_precision
 from swarm.blocks.shard import load_span
 from swarm.errors import InputError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.kernels.linear import has_native
+from swarm.kernels.pages import Segment
 from swarm.spans import Span
 from tests.tiny import greedy, tiny_checkpoint
 
@@ -106,19 +107,20 @@ async def test_smaller_precisions_stay_close(llama, dtype):
 
 async def test_sessions_share_the_kv_memory_that_was_granted(llama):
     model, _ = llama
-    server = await Engine.load(model, Span(0, 1), EngineConfig(dtype="float32", device="cpu", kv_tokens=100))
+    server = await Engine.load(model, Span(0, 1), EngineConfig(dtype="float32", device="cpu", kv_tokens=96))
     server.open_session("a", server.span, 60)
     with pytest.raises(NoCapacity) as refusal:
-        server.open_session("b", server.span, 41)
+        server.open_session("b", server.span, 33)
     assert refusal.value.retry_after
     with pytest.raises(NoCapacity) as refusal:
-        server.open_session("b", server.span, 101)
+        server.open_session("b", server.span, 97)
     assert refusal.value.retry_after is None
-    server.open_session("b", server.span, 40)
+    server.open_session("b", server.span, 32)
     assert server.kv_tokens_left == 0
     server.close_session("a")
     server.close_session("a")
-    assert server.kv_tokens_left == 60
+    assert server.kv_tokens_left == 64
+    server.check_integrity()
 
 
 async def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(llama):
@@ -170,32 +172,33 @@ async def test_a_session_may_use_a_part_of_the_span(llama):
 @pytest.mark.skipif(not has_native(), reason="the native kernels were not built, or not for this CPU")
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_few_tokens_take_the_native_way_and_come_out_alike(family, dtype, checkpoint_of):
+def test_layers_run_natively_come_out_as_transformers_own(family, dtype, checkpoint_of, monkeypatch):
+    """Sessions of different lengths in one batch; each row is the same whatever is beside it, bit for bit."""
     model, span = resolve(str(checkpoint_of(family)[0])), Span(1, 5)
     precision = choose_precision(dtype, CPU, torch.float32)
-    module = load_span(model, span, precision, CPU)
-    fused = fuse(module)
-    assert fused is not None
-    hidden, part = torch.randn(40, model.hidden_size), Span(1, 4)
-    sessions = SessionKV(part, 40), SessionKV(part, 40)
-    with torch.inference_mode():
-        plain = part_of(module, part)(
-            inputs_embeds=hidden[None],
-            position_ids=torch.arange(40)[None],
-            past_key_values=sessions[0],
-            use_cache=True,
-        ).last_hidden_state[0]
-        sizes = [1, 2, 1, 1] * 8
-        rows = [
-            fused.run(
-                part_hidden,
-                sessions[1],
-                torch.arange(sessions[1].length, sessions[1].length + len(part_hidden)),
-            )
-            for part_hidden in hidden.split(sizes)
+    module, shapes = load_span(model, span, precision, CPU), kv_shapes(load_config(str(model.path)), span)
+    native = PagedForward(module, shapes, 8, torch.float32, CPU)
+    assert native.is_fused
+    monkeypatch.setattr("swarm.blocks.forward.fuse", lambda module, plainly: None)
+    plain = PagedForward(module, shapes, 8, torch.float32, CPU)
+    assert not plain.is_fused
+    hidden, part = torch.randn(100, model.hidden_size), Span(1, 4)
+    batches = [
+        [Segment(40, 0, [3, 1]), Segment(1, 0, [7])],
+        [Segment(1, 40, [3, 1]), Segment(30, 1, [7]), Segment(5, 0, [2])],
+        [Segment(1, 41, [3, 1]), Segment(1, 31, [7]), Segment(9, 3, [2])],
+    ]
+    at = 0
+    for parts in batches:
+        rows = hidden[at : (at := at + sum(one.rows for one in parts))]
+        together = native.run(rows, part, parts)
+        assert torch.allclose(together, plain.run(rows, part, parts), atol=2e-4)
+        apart = [
+            native.run(one_rows[i : i + 1], part, [Segment(1, one.first + i, one.table)])
+            for one, one_rows in zip(parts, rows.split([one.rows for one in parts]), strict=True)
+            for i in range(one.rows)
         ]
-    assert sessions[1].length == 40
-    assert torch.allclose(torch.cat(rows), plain, atol=2e-4)
+        assert torch.equal(torch.cat(apart), together)
 
 
 @pytest.mark.skipif(not has_native(), reason="the native kernels were not built, or not for this CPU")
@@ -203,7 +206,8 @@ def test_layers_that_compute_something_else_are_left_to_transformers(llama, capl
     model, _ = llama
     module = load_span(model, Span(0, 2), choose_precision("float32", CPU, torch.float32), CPU)
     module.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    assert fuse(module) is None
+    shapes = kv_shapes(load_config(str(model.path)), Span(0, 2))
+    assert not PagedForward(module, shapes, 1, torch.float32, CPU).is_fused
     assert "disagree" in caplog.text
 
 

@@ -1,0 +1,93 @@
+"""Which rows of which steps the next iteration takes: pure decisions over the steps that are ready.
+
+Decode goes first, then prefill in chunks, up to the rows that the pace allows. Knows no tensors, no pages
+and no time but what it is told.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+DECODE_ROWS = 16
+"""A step of at most so many tokens is a decode step: one token, or a few that are verified at once."""
+
+MAX_ROWS = 512
+"""Rows of one iteration at most."""
+
+PATIENCE = 1.0
+"""Seconds after which a bulk step is treated like any other."""
+
+
+class Ready(Protocol):
+    """A step that is ready: `rows` of it are still to be run. `arrived` is in seconds."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def client(self) -> Hashable: ...
+    @property
+    def is_decode(self) -> bool: ...
+    @property
+    def is_bulk(self) -> bool: ...
+    @property
+    def arrived(self) -> float: ...
+
+
+Step = TypeVar("Step", bound=Ready)
+
+
+@dataclass(frozen=True)
+class Share(Generic[Step]):
+    """`rows` of a step that an iteration runs, the next ones that are to be run."""
+
+    step: Step
+    rows: int
+
+
+class Fairness:
+    """How many rows each client was given, so that those who had least come first.
+
+    A client that comes, or comes back, starts level with the one that had least of those who are there.
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[Hashable, int] = {}
+
+    def meet(self, clients: Iterable[Hashable]) -> None:
+        """These, and no others, have steps that are ready."""
+        present = set(clients)
+        least = min((given for client, given in self._given.items() if client in present), default=0)
+        self._given = {client: self._given.get(client, least) for client in present}
+
+    def given(self, client: Hashable) -> int:
+        return self._given.get(client, 0)
+
+    def give(self, client: Hashable, rows: int) -> None:
+        self._given[client] = self._given.get(client, 0) + rows
+
+
+def form_batch(ready: Sequence[Step], fairness: Fairness, prefill_rows: int, now: float) -> list[Share[Step]]:
+    """The shares of the next iteration, none only if nothing is ready.
+
+    `prefill_rows` is how many rows of prefill may go along. A prefill that is alone gets at least one.
+    """
+    fairness.meet(step.client for step in ready)
+
+    def place(step: Step) -> tuple[bool, int, float]:
+        waits_back = step.is_bulk and now - step.arrived < PATIENCE
+        return waits_back, fairness.given(step.client), step.arrived
+
+    shares: list[Share[Step]] = []
+    room = MAX_ROWS
+    for step in sorted((step for step in ready if step.is_decode), key=place):
+        if step.rows <= room:
+            shares.append(Share(step, step.rows))
+            room -= step.rows
+    room = min(room, prefill_rows if shares else max(prefill_rows, 1))
+    for step in sorted((step for step in ready if not step.is_decode), key=place):
+        if room > 0:
+            shares.append(Share(step, min(step.rows, room)))
+            room -= shares[-1].rows
+    for share in shares:
+        fairness.give(share.step.client, share.rows)
+    return shares

@@ -1,0 +1,70 @@
+"""Whether a step is what was agreed on: pure checks of everything that a peer can say about it."""
+
+from dataclasses import dataclass
+
+from swarm.blocks.errors import StepError
+from swarm.blocks.kv import SessionKV
+from swarm.blocks.loading import LoadedSpan
+
+MAX_STEP_TOKENS = 2048
+MAX_STEP_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class StepForm:
+    """A step as a peer describes it."""
+
+    seq_pos: int
+    data: memoryview | bytes
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+
+
+def max_step_tokens(loaded: LoadedSpan) -> int:
+    """Tokens that one step on the span may bring at most."""
+    token_bytes = loaded.hidden_size * loaded.precision.dtype.itemsize
+    return max(1, min(MAX_STEP_TOKENS, MAX_STEP_BYTES // token_bytes))
+
+
+def check_step(loaded: LoadedSpan, kv: SessionKV, step: StepForm) -> list[int] | None:
+    """The token ids of a step of the session with that `kv`, None if it brings hidden states.
+
+    Raises:
+        StepError: it is not of the form or at the place that was agreed on.
+    """
+    fault = _fault_of_form(loaded, kv, step) or _fault_of_place(kv, step, max_step_tokens(loaded))
+    if fault is not None:
+        raise StepError("bad_request", fault)
+    if step.dtype != "uint32":
+        return None
+    ids: list[int] = memoryview(step.data).cast("B").cast("I").tolist()
+    vocabulary = loaded.embedding.vocabulary if loaded.embedding else 0
+    if max(ids) >= vocabulary:
+        raise StepError("bad_request", f"This model has {vocabulary} tokens, not {max(ids) + 1}.")
+    return ids
+
+
+def _fault_of_form(loaded: LoadedSpan, kv: SessionKV, step: StepForm) -> str | None:
+    wire_dtype, codec = loaded.precision.wire_dtype, loaded.precision.codec
+    if step.dtype == "uint32":
+        if loaded.embedding is None or kv.blocks.start:
+            return "Token ids are taken by a server of the first block, for sessions that begin there."
+        if step.codec != "raw" or len(step.shape) != 1 or len(step.data) != 4 * step.shape[0]:
+            return "Token ids have the shape [tokens] and travel raw, four bytes each."
+    elif (step.dtype, step.codec) != (wire_dtype, codec):
+        return f"Activations travel as {wire_dtype} {codec} here."
+    elif len(step.shape) != 2 or step.shape[1] != loaded.hidden_size:
+        return f"Hidden states have the shape [tokens, {loaded.hidden_size}] here."
+    return None
+
+
+def _fault_of_place(kv: SessionKV, step: StepForm, most: int) -> str | None:
+    tokens = step.shape[0]
+    if not 0 < tokens <= most:
+        return f"A step may hold 1 to {most} tokens, not {tokens}."
+    if step.seq_pos > kv.length:
+        return f"The session ends at position {kv.length}: {step.seq_pos} leaves a gap."
+    if step.seq_pos + tokens > kv.capacity:
+        return f"The session was opened for {kv.capacity} tokens."
+    return None

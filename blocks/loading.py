@@ -1,0 +1,114 @@
+"""Loading what an engine runs: the span's forward pass, its pages, and what the wire must know of it.
+
+Everything is decided here once, from what was asked for and what the machine and the checkpoint have.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swarm.blocks.architecture import load_config
+from swarm.blocks.batch import MAX_ROWS
+from swarm.blocks.embedding import Embedding
+from swarm.blocks.families import kv_shapes
+from swarm.blocks.forward import Forward, forward_of
+from swarm.blocks.kv import pages_of
+from swarm.blocks.memory import plan_memory
+from swarm.blocks.models import Model
+from swarm.blocks.precision import Precision, choose_device, choose_precision
+from swarm.blocks.shard import load_span, stored_dtype
+from swarm.errors import InputError
+from swarm.spans import Span
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may take and do.
+
+    `kv_tokens`: what all sessions together may hold; `memory_limit` and `max_vram`: bytes, of the whole
+    process; `threads`: of the CPU. None leaves the choice to the machine. `overcommit` is how much more than
+    there is sessions may be promised together.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    quantize: str = "none"
+    kv_tokens: int | None = None
+    memory_limit: int | None = None
+    max_vram: int | None = None
+    overcommit: float = 1.0
+    prefix_cache: bool = True
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("kv-tokens", self.kv_tokens), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} is not possible.", "Give a whole number from 1 on.")
+        if self.overcommit < 1:
+            raise InputError(
+                f"--kv-overcommit {self.overcommit:g} is not possible.", "Give a number from 1 on."
+            )
+
+
+@dataclass(frozen=True)
+class LoadedSpan:
+    """A span that is ready to run, with so many KV `pages`.
+
+    `embedding` is there where the span begins the model. `keeps_pages` is false where blocks keep a state
+    of the whole sequence instead, which nobody can share. `shard_bytes` are those of the weights.
+    """
+
+    forward: Forward
+    span: Span
+    precision: Precision
+    hidden_size: int
+    pages: int
+    shard_bytes: int
+    embedding: Embedding | None = None
+    keeps_pages: bool = True
+
+
+def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedSpan:
+    """Read the weights of `span`; tells the fraction that is in place.
+
+    Raises:
+        InputError: the checkpoint, the span, the dtype, the device or a limit cannot be used.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    stored = stored_dtype(model.checkpoint, span)
+    precision = choose_precision(config.dtype, device, stored, config.quantize)
+    architecture = load_config(str(model.path))
+    plan = plan_memory(
+        model,
+        span,
+        precision,
+        architecture,
+        kv_tokens=config.kv_tokens,
+        memory_limit=config.memory_limit,
+        max_vram=config.max_vram,
+        device=device,
+        max_rows=MAX_ROWS,
+    )
+    module = load_span(model, span, precision, device, on_progress)
+    shapes, pages = kv_shapes(architecture, span), pages_of(plan.kv_tokens)
+    return LoadedSpan(
+        forward=forward_of(module, shapes, pages, precision.dtype, device),
+        span=span,
+        precision=precision,
+        hidden_size=module.config.hidden_size,
+        pages=pages,
+        shard_bytes=_bytes_of(module),
+        embedding=Embedding.open(model, precision.dtype) if span.start == 0 else None,
+        keeps_pages=None not in shapes,
+    )
+
+
+def _bytes_of(module: Any) -> int:
+    """Memory of a module's weights; those that share it are counted once."""
+    tensors: Iterable[torch.Tensor] = (*module.parameters(), *module.buffers())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,119 @@
+"""The steps of an engine's sessions: what each was asked for, how far it is, and where its time went."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from swarm.blocks.batch import DECODE_ROWS
+from swarm.blocks.kv import SessionKV
+
+
+@dataclass(eq=False)
+class Session:
+    """One session: its KV, what it was promised, and whether it is in a running iteration."""
+
+    kv: SessionKV
+    is_bulk: bool
+    state: Any = None
+    step: "PendingStep | None" = None
+    is_running: bool = False
+    is_closed: bool = False
+    decoded_at: float = float("-inf")
+
+
+@dataclass
+class StepTimes:
+    """Seconds that a step took: waiting, making tensors of bytes, computing, making bytes of tensors."""
+
+    queue: float = 0.0
+    deserialise: float = 0.0
+    forward: float = 0.0
+    serialise: float = 0.0
+
+
+@dataclass(eq=False)
+class PendingStep:
+    """A step that was admitted and has no result yet. Times in seconds of a monotonic clock.
+
+    `data` are hidden states as they came, or token ids. `done` of its rows were run and gave `outputs`;
+    `since` is when it began to wait for the next ones.
+    """
+
+    session: Session
+    seq_pos: int
+    tokens: int
+    data: memoryview | bytes | list[int]
+    arrived: float
+    result: "asyncio.Future[StepResult]"
+    is_alone: bool = False
+    done: int = 0
+    since: float = 0.0
+    times: StepTimes = field(default_factory=StepTimes)
+    hidden: Tensor | None = None
+    outputs: list[Tensor] = field(default_factory=list)
+    finished: "StepResult | None" = None
+
+    @property
+    def rows(self) -> int:
+        return self.tokens - self.done
+
+    @property
+    def client(self) -> str:
+        return self.session.kv.client
+
+    @property
+    def is_decode(self) -> bool:
+        return self.tokens <= DECODE_ROWS
+
+    @property
+    def is_bulk(self) -> bool:
+        return self.session.is_bulk
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Hidden states after the span as wire bytes [tokens, hidden], and the milliseconds they took.
+
+    `compute_ms` is the sum of the three parts after the queue.
+    """
+
+    data: memoryview
+    shape: tuple[int, int]
+    dtype: str
+    codec: str
+    queue_ms: float
+    deserialise_ms: float
+    forward_ms: float
+    serialise_ms: float
+
+    @property
+    def compute_ms(self) -> float:
+        return self.deserialise_ms + self.forward_ms + self.serialise_ms
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """One iteration: how many steps took part, their rows, and the seconds it took."""
+
+    steps: int
+    decode_tokens: int
+    prefill_tokens: int
+    seconds: float
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made, and gauges as of this moment."""
+
+    sessions: int = 0
+    kv_pages: int = 0
+    kv_pages_used: int = 0
+    kv_pages_cached: int = 0
+    prefix_tokens_asked: int = 0
+    prefix_tokens_held: int = 0
+    admitted: int = 0
+    refused: int = 0
+    decode_tokens: int = 0
+    prefill_tokens: int = 0

@@ -1,0 +1,112 @@
+"""How batches are formed and paced: pure decisions."""
+
+from dataclasses import dataclass
+
+from swarm.blocks.batch import DECODE_ROWS, MAX_ROWS, PATIENCE, Fairness, form_batch
+from swarm.blocks.pace import ALONE_SECONDS, LEAST_ALONE, LEAST_ROWS, MOST_ROWS, STALL, Pace
+
+
+@dataclass(eq=False)
+class Asked:
+    client: str
+    rows: int
+    arrived: float = 0.0
+    is_bulk: bool = False
+
+    @property
+    def is_decode(self) -> bool:
+        return self.rows <= DECODE_ROWS
+
+
+def shares(
+    *steps: Asked, room: int = 100, now: float = 0.0, fairness: Fairness | None = None
+) -> list[tuple[str, int]]:
+    batch = form_batch(steps, fairness or Fairness(), room, now)
+    return [(share.step.client, share.rows) for share in batch]
+
+
+def test_decode_goes_first_and_prefill_takes_what_room_is_left():
+    assert shares(Asked("long", 500), Asked("a", 1), Asked("b", 4), room=64) == [
+        ("a", 1),
+        ("b", 4),
+        ("long", 64),
+    ]
+
+
+def test_a_lone_step_goes_at_once():
+    assert shares(Asked("a", 1)) == [("a", 1)]
+    assert shares(Asked("a", 40), room=0) == [("a", 1)]
+    assert shares() == []
+
+
+def test_an_iteration_is_bounded():
+    many = [Asked(str(i), DECODE_ROWS) for i in range(100)]
+    assert sum(rows for _, rows in shares(*many, Asked("long", 500))) <= MAX_ROWS
+
+
+def test_the_oldest_goes_first_among_clients_that_had_equal_shares():
+    assert shares(Asked("late", 90, 2.0), Asked("early", 90, 1.0), room=90) == [("early", 90)]
+
+
+def test_a_client_with_many_steps_does_not_starve_the_others():
+    fairness = Fairness()
+    greedy = [Asked("greedy", 300, arrived) for arrived in range(5)]
+    modest = Asked("modest", 300, arrived=9.0)
+    first = shares(*greedy, modest, room=100, fairness=fairness)
+    second = shares(*greedy, modest, room=100, fairness=fairness)
+    assert [client for client, _ in (*first, *second)] == ["greedy", "modest"]
+
+
+def test_who_comes_later_starts_level_and_not_ahead():
+    fairness = Fairness()
+    fairness.meet(["old"])
+    fairness.give("old", 1000)
+    fairness.meet(["old", "new"])
+    assert fairness.given("new") == 1000
+    fairness.meet(["new"])
+    fairness.meet(["new", "old"])
+    assert fairness.given("old") == 1000, "coming back is no advantage"
+
+
+def test_bulk_waits_behind_interactive_work_but_not_for_ever():
+    bulk, interactive = Asked("bulk", 300, 0.0, is_bulk=True), Asked("now", 300, 0.1)
+    assert shares(bulk, interactive, room=50, now=0.2) == [("now", 50)]
+    assert shares(bulk, interactive, room=50, now=PATIENCE) == [("bulk", 50)]
+    assert shares(bulk, room=50) == [("bulk", 50)]
+
+
+def test_prefill_beside_decoding_lengthens_an_iteration_by_the_stall_at_most():
+    pace, row, one = Pace(), 0.002, 0.016
+    for rows in (1, 8, 8, 8):
+        pace.learn(rows, 0, one if rows == 1 else 0.020)
+    for _ in range(60):
+        rows = pace.prefill_rows(decoding=8)
+        pace.learn(8, rows, 0.020 + row * rows)
+    assert rows >= LEAST_ROWS
+    assert 0.020 + row * rows <= max(STALL * 0.020, 0.020 + row * LEAST_ROWS)
+
+
+def test_prefill_alone_takes_what_others_may_wait_for():
+    pace, row = Pace(), 0.001
+    pace.learn(1, 0, 0.016)
+    for _ in range(60):
+        rows = pace.prefill_rows(decoding=0)
+        pace.learn(0, rows, 0.016 + row * rows)
+    assert abs(row * rows - ALONE_SECONDS) < 0.1 * ALONE_SECONDS
+
+
+def test_slow_iterations_do_not_shrink_chunks_for_ever():
+    pace = Pace()
+    pace.learn(1, 0, 0.016)
+    for _ in range(20):
+        pace.learn(0, pace.prefill_rows(0), 3.0)
+    assert pace.prefill_rows(0) == LEAST_ALONE
+    for _ in range(20):
+        rows = pace.prefill_rows(0)
+        pace.learn(0, rows, 0.016 + 0.0005 * rows)
+    assert 200 < pace.prefill_rows(0) <= MOST_ROWS
+
+
+def test_before_anything_ran_chunks_are_small():
+    assert Pace().prefill_rows(decoding=3) == LEAST_ROWS
+    assert Pace().prefill_rows(decoding=0) == LEAST_ALONE

@@ -1,0 +1,286 @@
+"""The engine: sessions that come, go and roll back in one batch, each exactly as if it were alone."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarm.blocks.engine import Engine, EngineConfig
+from swarm.blocks.errors import NoCapacity, StepError
+from swarm.blocks.head import Head
+from swarm.blocks.models import Model, resolve
+from swarm.blocks.steps import BatchReport
+from swarm.kernels.codecs import from_wire, to_wire
+from swarm.page_keys import PAGE_TOKENS, page_keys
+from swarm.spans import Span
+from tests.tiny import greedy
+
+WHOLE = Span(0, 6)
+PAGES = 24
+
+
+@pytest.fixture(scope="module")
+def llama(checkpoint_of: Callable[[str], tuple[Path, Any]]) -> tuple[Model, Any]:
+    folder, reference = checkpoint_of("Llama")
+    return resolve(str(folder)), reference
+
+
+@asynccontextmanager
+async def engine_of(model: Model, span: Span = WHOLE, **options: Any) -> AsyncIterator[Engine]:
+    """An engine that must have every page back once its sessions are closed."""
+    options = {"kv_tokens": PAGES * PAGE_TOKENS, **options}
+    engine = await Engine.load(model, span, EngineConfig(dtype="float32", device="cpu", **options))
+    try:
+        yield engine
+        engine.check_integrity()
+        assert engine.stats.kv_pages_used == 0
+        assert engine.queue == 0
+    finally:
+        engine.close()
+
+
+async def step(engine: Engine, session: str, seq_pos: int, hidden: Tensor, keys: bytes = b"") -> Tensor:
+    done = await engine.step(
+        session,
+        seq_pos,
+        to_wire(hidden, "float32", "raw"),
+        tuple(hidden.shape),
+        "float32",
+        "raw",
+        page_keys=keys,
+    )
+    return from_wire(done.data, done.shape, done.dtype, done.codec)
+
+
+async def step_ids(engine: Engine, session: str, seq_pos: int, ids: list[int]) -> Tensor:
+    data = torch.tensor(ids, dtype=torch.int32).numpy().tobytes()
+    done = await engine.step(session, seq_pos, data, (len(ids),), "uint32", "raw")
+    return from_wire(done.data, done.shape, done.dtype, done.codec)
+
+
+def random_prompt(rng: random.Random, most: int = 90) -> list[int]:
+    return [rng.randrange(4, 99) for _ in range(rng.randrange(1, most))]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss", "Qwen3Moe"])
+async def test_sessions_that_share_batches_answer_as_if_alone(
+    family: str, checkpoint_of: Callable[[str], tuple[Path, Any]]
+) -> None:
+    """Staggered joins and leaves, and rollbacks in between: greedy tokens equal the unsplit model's."""
+    folder, reference = checkpoint_of(family)
+    model = resolve(str(folder))
+    head, rng = Head.load(model, "float32", "cpu"), random.Random(1)
+    async with engine_of(model) as engine:
+
+        async def live(name: str, prompt: list[int], joins_after: int, count: int) -> None:
+            for _ in range(joins_after):
+                await asyncio.sleep(0.001)
+            engine.open_session(name, WHOLE, len(prompt) + count, client=name)
+            wrong = await step(engine, name, 0, head.embed(torch.tensor(prompt[: len(prompt) // 2 + 1])))
+            assert torch.isfinite(wrong).all()
+            hidden = await step(engine, name, 0, head.embed(torch.tensor(prompt)))
+            answer: list[int] = []
+            while len(answer) < count:
+                token = head.logits(hidden[-1:])[0].argmax()
+                answer.append(int(token))
+                position = len(prompt) + len(answer) - 1
+                if len(answer) % 5 == 0:  # a guess that is taken back
+                    await step(
+                        engine,
+                        name,
+                        position,
+                        head.embed(torch.tensor([7, 8, 9][: count - len(answer)] or [7])),
+                    )
+                hidden = await step(engine, name, position, head.embed(token[None]))
+            engine.close_session(name)
+            assert answer == greedy(reference, prompt, count)
+
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(6):
+                tasks.create_task(live(f"s{i}", random_prompt(rng), 3 * i, 12))
+    assert engine.stats.sessions == 0
+
+
+async def test_steps_that_are_ready_together_share_an_iteration(llama: tuple[Model, Any]) -> None:
+    reports: list[BatchReport] = []
+    async with engine_of(llama[0]) as engine:
+        engine.on_batch = reports.append
+        for i in range(5):
+            engine.open_session(str(i), WHOLE, 64)
+            await step(engine, str(i), 0, torch.randn(20 + i, 32))
+        reports.clear()
+        await asyncio.gather(*(step(engine, str(i), 20 + i, torch.randn(1, 32)) for i in range(5)))
+        for i in range(5):
+            engine.close_session(str(i))
+    assert [(report.steps, report.decode_tokens) for report in reports] == [(5, 5)]
+
+
+async def test_a_long_prefill_runs_in_chunks_between_which_others_decode(llama: tuple[Model, Any]) -> None:
+    reports: list[BatchReport] = []
+    async with engine_of(llama[0], kv_tokens=600) as engine:
+        engine.on_batch = reports.append
+        engine.open_session("long", WHOLE, 500)
+        engine.open_session("short", WHOLE, 60)
+        await step(engine, "short", 0, torch.randn(3, 32))
+        long = asyncio.create_task(step(engine, "long", 0, torch.randn(500, 32)))
+        decoded = 0
+        while not long.done():
+            await step(engine, "short", 3 + decoded % 50, torch.randn(1, 32))
+            decoded += 1
+        assert (await long).shape == (500, 32)
+        for name in ("long", "short"):
+            engine.close_session(name)
+    assert decoded > 2
+    assert max(report.prefill_tokens for report in reports) < 500
+
+
+async def test_a_prefix_is_skipped_by_its_client_alone(llama: tuple[Model, Any]) -> None:
+    model, _ = llama
+    prompt = [5 + i % 90 for i in range(80)]
+    keys = page_keys(prompt, secret=b"mine")
+    hidden = torch.randn(80, 32)
+    async with engine_of(model, Span(2, 6)) as engine:
+        span = engine.span
+        assert engine.open_session("a", span, 100, client="me", page_keys=keys) == 0
+        whole = await step(engine, "a", 0, hidden, keys)
+        engine.close_session("a")
+        assert engine.open_session("b", span, 100, client="other", page_keys=keys) == 0
+        assert engine.open_session("c", span, 100, client="me", page_keys=keys) == 64
+        assert torch.equal(await step(engine, "c", 64, hidden[64:], keys[:0]), whole[64:])
+        assert engine.open_session("d", Span(2, 4), 100, client="me", page_keys=keys) == 0, "other blocks"
+        for name in "bcd":
+            engine.close_session(name)
+        assert engine.stats.prefix_tokens_held == 64
+
+
+async def test_a_prefix_whose_tokens_the_server_saw_is_skipped_by_everybody(llama: tuple[Model, Any]) -> None:
+    model, reference = llama
+    prompt = [5 + i % 90 for i in range(70)]
+    head = Head.load(model, "float32", "cpu")
+    async with engine_of(model) as engine:
+        engine.open_session("a", WHOLE, 100, client="me")
+        whole = await step_ids(engine, "a", 0, prompt)
+        assert torch.equal(whole, await step(engine, "a", 0, head.embed(torch.tensor(prompt))))
+        engine.close_session("a")
+        held = engine.open_session("b", WHOLE, 100, client="other", page_keys=page_keys(prompt))
+        assert held == 64
+        hidden = await step_ids(engine, "b", 63, prompt[63:])
+        assert torch.equal(hidden, whole[63:])
+        assert int(head.logits(hidden[-1:]).argmax()) == greedy(reference, prompt, 1)[0]
+        engine.close_session("b")
+
+
+async def test_without_a_prefix_cache_nothing_is_kept(llama: tuple[Model, Any]) -> None:
+    async with engine_of(llama[0], prefix_cache=False) as engine:
+        for name in "ab":
+            assert engine.open_session(name, WHOLE, 100, page_keys=page_keys([5] * 64)) == 0
+            await step_ids(engine, name, 0, [5] * 64)
+            engine.close_session(name)
+        assert engine.stats.kv_pages_cached == 0
+
+
+async def test_more_may_be_promised_than_there_is(llama: tuple[Model, Any]) -> None:
+    async with engine_of(llama[0], kv_tokens=4 * PAGE_TOKENS, overcommit=2.0) as engine:
+        for name in "ab":
+            engine.open_session(name, WHOLE, 4 * PAGE_TOKENS)
+        with pytest.raises(NoCapacity):
+            engine.open_session("c", WHOLE, 1)
+        await step(engine, "a", 0, torch.randn(3 * PAGE_TOKENS, 32))
+        await step(engine, "b", 0, torch.randn(PAGE_TOKENS, 32))
+        with pytest.raises(NoCapacity) as full:
+            await step(engine, "b", PAGE_TOKENS, torch.randn(1, 32))
+        assert full.value.retry_after
+        engine.check_integrity()
+        engine.close_session("a")
+        await step(engine, "b", PAGE_TOKENS, torch.randn(1, 32))
+        engine.close_session("b")
+
+
+async def test_a_cancelled_or_closed_step_leaves_no_trace(llama: tuple[Model, Any]) -> None:
+    async with engine_of(llama[0]) as engine:
+        for name in "abc":
+            engine.open_session(name, WHOLE, 700 // 3)
+        running = [asyncio.create_task(step(engine, name, 0, torch.randn(100, 32))) for name in "abc"]
+        await asyncio.sleep(0)
+        running[0].cancel()
+        engine.close_session("b")
+        with pytest.raises(asyncio.CancelledError):
+            await running[0]
+        with pytest.raises(StepError, match="closed"):
+            await running[1]
+        assert (await running[2]).shape == (100, 32)
+        with pytest.raises(StepError, match="no such session"):
+            await step(engine, "b", 0, torch.randn(1, 32))
+        await step(engine, "a", 0, torch.randn(1, 32))
+        for name in "ac":
+            engine.close_session(name)
+
+
+async def test_one_step_that_fails_takes_no_other_with_it(llama: tuple[Model, Any]) -> None:
+    async with engine_of(llama[0]) as engine:
+        forward, bad = engine._loaded.forward.run, torch.full((1, 32), 13.0)
+
+        def run(hidden: Tensor, *others: Any) -> Tensor:
+            if (hidden == 13.0).all(1).any():
+                raise RuntimeError("out of luck")
+            return forward(hidden, *others)
+
+        engine._loaded.forward.run = run  # type: ignore[method-assign]
+        for name in "abc":
+            engine.open_session(name, WHOLE, 40)
+        rows = {"a": torch.randn(1, 32), "b": bad, "c": torch.randn(3, 32)}
+        async with asyncio.TaskGroup() as tasks:
+            done = {
+                name: tasks.create_task(outcome(step(engine, name, 0, row))) for name, row in rows.items()
+            }
+        assert isinstance(done["b"].result(), RuntimeError)
+        for name in "ac":
+            assert done[name].result().shape == rows[name].shape
+        assert torch.isfinite(await step(engine, "b", 0, torch.randn(2, 32))).all()
+        for name in "abc":
+            engine.close_session(name)
+
+
+async def outcome(work: Any) -> Any:
+    try:
+        return await work
+    except RuntimeError as error:
+        return error
+
+
+async def test_token_ids_are_checked(llama: tuple[Model, Any]) -> None:
+    model, _ = llama
+    async with engine_of(model) as first, engine_of(model, Span(3, 6)) as last:
+        assert first.takes_token_ids
+        assert not last.takes_token_ids
+        first.open_session("s", WHOLE, 40)
+        first.open_session("part", Span(1, 3), 40)
+        last.open_session("s", last.span, 40)
+        bad: list[tuple[Engine, str, list[int]]] = [
+            (first, "s", [model.vocab_size]),
+            (first, "part", [3]),
+            (last, "s", [3]),
+        ]
+        for engine, session, ids in bad:
+            with pytest.raises(StepError) as refused:
+                await step_ids(engine, session, 0, ids)
+            assert refused.value.code == "bad_request"
+        for engine, session in ((first, "s"), (first, "part"), (last, "s")):
+            engine.close_session(session)
+
+
+async def test_a_session_runs_one_step_at_a_time(llama: tuple[Model, Any]) -> None:
+    async with engine_of(llama[0]) as engine:
+        engine.open_session("s", WHOLE, 40)
+        first = asyncio.create_task(step(engine, "s", 0, torch.randn(3, 32)))
+        await asyncio.sleep(0)
+        with pytest.raises(StepError, match="still running"):
+            await step(engine, "s", 0, torch.randn(3, 32))
+        assert (await first).shape == (3, 32)
+        engine.close_session("s")
