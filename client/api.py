@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from swarm.client.blocking import BlockingSwarm
-from swarm.client.facade import Chat, OnWaiting, Swarm
+from swarm.client.facade import PAGE_SECRET, Chat, Swarm
 from swarm.client.generation import Generation, TextStream
 from swarm.client.joining import OnProgress, join_with_model
+from swarm.client.routes import OnWaiting
 
 __all__ = ["BlockingSwarm", "Chat", "Generation", "Swarm", "TextStream", "connect", "connect_sync"]
 
@@ -72,6 +73,7 @@ def connect(
                 network.store,
                 found,
                 head,
+                secret=network.identity.secret(PAGE_SECRET),
                 timeout=timeout,
                 on_waiting=on_waiting,
                 resources=stack.pop_all(),

@@ -1,14 +1,14 @@
 """A conversation: a sequence of tokens of which the hops keep what they have already computed.
 
-Owns which tokens the hops of its session hold, so that the next turn steps only from where it differs.
-Opens a session when it needs one, and another when the sequence outgrows it.
+Owns the session that holds the sequence, and steps each turn only from where it differs from that. Opens a
+session when it needs one, and another when the sequence outgrows it.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,25 @@ from swarm.errors import InputError, SwarmError
 
 logger = logging.getLogger(__name__)
 
-OpenSession = Callable[[int], Awaitable[Session]]
-"""Opens a session of at most that many tokens, on a route that has room for it."""
+
+class OpenSession(Protocol):
+    """Opens a session for a sequence that begins with `tokens`, on a route that has room for it.
+
+    It holds at most `wished` tokens, or where there is no room for so many `needed` ones.
+    """
+
+    async def __call__(self, tokens: Sequence[int], *, needed: int, wished: int) -> Session: ...
+
+
+class Begun(NamedTuple):
+    """The start of an answer: its turn, and the hidden state [1, hidden] of the prompt's last token.
+
+    `cached_tokens` of the prompt were held by the hops already.
+    """
+
+    turn: int
+    hidden: Tensor
+    cached_tokens: int
 
 
 class Ends(Protocol):
@@ -51,7 +68,6 @@ class Conversation:
         self._open_session = open_session
         self._context = context
         self._room = room
-        self._tokens: list[int] = []
         self._session: Session | None = None
         self._turn = 0
         self._lock = asyncio.Lock()
@@ -61,11 +77,8 @@ class Conversation:
         """The open session, None where there is none."""
         return self._session if self._session and self._session.is_open else None
 
-    async def begin(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[int, Tensor]:
+    async def begin(self, prompt: Sequence[int], max_new_tokens: int) -> Begun:
         """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
-
-        Returns:
-            The turn, to be given to `append`, and the hidden state [1, hidden] of the last token.
 
         Raises:
             InputError: the prompt is empty or leaves no room in the model's context.
@@ -82,15 +95,15 @@ class Conversation:
         async with self._lock:
             was_kept = self.session is not None
             try:
-                return turn, await self._hold(prompt, max_new_tokens)
+                return await self._hold(turn, prompt, max_new_tokens)
             except RemoteFault as fault:
                 if not was_kept:
                     raise
                 logger.info("the kept session has ended, opening another: %s", fault)
-            return turn, await self._hold(prompt, max_new_tokens)
+            return await self._hold(turn, prompt, max_new_tokens)
 
-    async def append(self, turn: int, token: int, embedded: Tensor) -> Tensor:
-        """One decode step.
+    async def append(self, turn: int, token: int, embedded: Tensor | None) -> Tensor:
+        """One decode step. `embedded` [1, hidden] may be None where the session takes token ids.
 
         Returns:
             The hidden state [1, hidden] of `token`.
@@ -101,7 +114,7 @@ class Conversation:
         async with self._lock:
             if turn != self._turn or self.session is None:
                 raise Superseded("This answer was given up for another one.")
-            return await self._step(self.session, [token], embedded, len(self._tokens))
+            return await self._step(self.session, [token], len(self.session.tokens), embedded)
 
     def has_room(self, tokens: int) -> bool:
         """Whether the sequence may have `tokens` tokens, the last of them not stepped."""
@@ -109,34 +122,40 @@ class Conversation:
 
     async def close(self) -> None:
         self._turn += 1
-        session, self._session, self._tokens = self._session, None, []
+        session, self._session = self._session, None
         if session is not None:
             await session.close()
 
-    async def _hold(self, prompt: Sequence[int], max_new_tokens: int) -> Tensor:
-        """Bring the hops to hold `prompt`; the hidden state [1, hidden] of its last token."""
-        session = await self._session_for(min(len(prompt) + max_new_tokens, self._context))
-        start = min(_common_prefix(prompt, self._tokens), len(prompt) - 1)
-        ids = torch.tensor(prompt[start:])
-        embedded = await asyncio.get_running_loop().run_in_executor(self._compute, self._ends.embed, ids)
-        return (await self._step(session, list(prompt[start:]), embedded, start))[-1:]
+    async def _hold(self, turn: int, prompt: Sequence[int], max_new_tokens: int) -> Begun:
+        """Bring the hops to hold `prompt`."""
+        session = await self._session_for(prompt, min(len(prompt) + max_new_tokens, self._context))
+        start = min(_common_prefix(prompt, session.tokens), len(prompt) - 1)
+        rest = list(prompt[start:])
+        embedded = None if session.takes_token_ids else await self._embed(rest)
+        hidden = await self._step(session, rest, start, embedded)
+        return Begun(turn, hidden[-1:], start)
 
-    async def _step(self, session: Session, tokens: list[int], embedded: Tensor, seq_pos: int) -> Tensor:
-        hidden = await session.step(embedded, seq_pos)
-        self._tokens[seq_pos:] = tokens
+    async def _embed(self, tokens: list[int]) -> Tensor:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compute, self._ends.embed, torch.tensor(tokens))
+
+    async def _step(
+        self, session: Session, tokens: list[int], seq_pos: int, embedded: Tensor | None
+    ) -> Tensor:
+        hidden = await session.step(tokens, seq_pos, embedded)
         self.stepped += len(tokens)
         return hidden
 
-    async def _session_for(self, tokens: int) -> Session:
-        """The session, opened anew (and so prefilled again) where there is none or it is too small."""
+    async def _session_for(self, prompt: Sequence[int], tokens: int) -> Session:
+        """The session; where there is none, or too small a one, another, which begins with what is kept."""
         session = self.session
         if session is not None and tokens <= session.max_tokens:
             return session
         grown = max(tokens, self._room, 2 * session.max_tokens if session else 0)
         if session is not None:
             await session.close()
-        self._session, self._tokens = None, []
-        self._session = await self._open_session(min(grown, self._context))
+        self._session = None
+        self._session = await self._open_session(prompt, needed=tokens, wished=min(grown, self._context))
         return self._session
 
 

@@ -1,20 +1,20 @@
 """The facade: a swarm and its model as a user of the library sees them, from async code.
 
-Owns one client's access to a swarm: the directory, the choice of routes and which peers to avoid for a
-while, and the compute thread. Must not know how the network came up; how an answer is made stands in
-`generation`.
+Owns one client's access to a swarm: the directory, its routes, and the compute thread. Must not know how
+the network came up; how an answer is made stands in `generation`.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias, TypeVar, Unpack
+from typing import Self, TypeAlias, Unpack
 
 from swarm.client.conversation import Conversation
-from swarm.client.faults import ConnectionLost, NoCapacity, RemoteFault
+from swarm.client.faults import HopError, NoRoom
 from swarm.client.generation import (
     Generation,
     TextEnds,
@@ -22,50 +22,27 @@ from swarm.client.generation import (
     chat_prompt,
     raw_prompt,
 )
+from swarm.client.leg import Asked, Deadlines
 from swarm.client.options import GenerationOptions, Options, generation_options
 from swarm.client.peers import PeerReport
-from swarm.client.route import Costs, NoRoute, Route, find_route
-from swarm.client.session import Deadlines, Session
+from swarm.client.route import NoRoute, Route
+from swarm.client.routes import OnWaiting, Routes, ServedModel
+from swarm.client.session import Session
 from swarm.dht.directory import Directory
 from swarm.dht.store import RecordStore
-from swarm.errors import SwarmError
-from swarm.net.transport import PeerId, Transport, TransportError
-
-T = TypeVar("T")
+from swarm.net.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-FAULT_AVOIDED = 10.0
-BUSY_AVOIDED = 2.0
-"""Seconds for which routes avoid a peer after a fault, and after it had no room and gave no time."""
-
-ROUTE_PAUSE = 1.0
-"""Seconds between two looks at why there is no route yet."""
-
-RTT_PATIENCE = 1.5
-"""Seconds that a new client waits at most for the round trips to its servers to be measured."""
 
 CHAT_ROOM = 2048
 """Tokens a chat's first session is opened for, so that a few turns fit without opening another."""
 
 UNBOUNDED_CONTEXT = 2**20
 
+PAGE_SECRET = "page keys"
+"""The purpose of the secret of a client's identity by which hops find its pages again."""
+
 Message: TypeAlias = dict[str, str]
-OnWaiting: TypeAlias = Callable[[SwarmError], None]
-"""Called with the reason each time that a route has to be waited for."""
-
-
-class ServedModel(Protocol):
-    """What must be known of a model here; `swarm.blocks.models.Model` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def model_id(self) -> str: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
 
 
 class Swarm:
@@ -78,23 +55,25 @@ class Swarm:
         model: ServedModel,
         ends: TextEnds,
         *,
+        secret: bytes | None = None,
         timeout: float = 60.0,
         deadlines: Deadlines | None = None,
         on_waiting: OnWaiting = lambda reason: None,
         resources: AsyncExitStack | None = None,
     ):
-        """`resources` are closed with this client, after it."""
+        """`timeout` is the seconds a route is waited for; `resources` are closed with this client, after it.
+
+        By `secret`, 64 bytes at most, hops find again what they kept of this client's sequences; without it
+        they find only what this object has left.
+        """
         self.model = model
-        self.timeout = timeout
-        """Seconds that a route through all blocks is waited for."""
         self.directory = Directory(store, transport, model.model_id, model.num_blocks)
         self._transport = transport
         self._ends = ends
+        self._secret = secrets.token_bytes(32) if secret is None else secret
         self._deadlines = deadlines or Deadlines()
-        self._on_waiting = on_waiting
+        self._routes = Routes(self.directory, transport, model, timeout=timeout, on_waiting=on_waiting)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="client-compute")
-        self._avoided: dict[PeerId, tuple[float, str]] = {}
-        self._failure: TransportError | None = None
         self._resources = resources or AsyncExitStack()
         self._is_started = False
 
@@ -186,29 +165,16 @@ class Swarm:
         Raises:
             NoRoute: some blocks have no server with room.
         """
-        now = asyncio.get_running_loop().time()
-        self._avoided = {peer: why for peer, why in self._avoided.items() if why[0] > now}
-        return find_route(
-            self.directory.announcements,
-            self.model.num_blocks,
-            costs=Costs(rtt=self.directory.rtt),
-            model=self.model.name,
-            tokens=tokens,
-            excluded={peer: reason for peer, (_, reason) in self._avoided.items()},
-        )
+        return self._routes.find(tokens)
 
     async def wait_for_route(self, tokens: int = 1) -> Route:
         """`route`, waited for up to `timeout` seconds."""
+        return await self._routes.wait(tokens)
 
-        async def found() -> Route:
-            return self.route(tokens)
+    async def open_session(self, tokens: Sequence[int], *, needed: int, wished: int = 0) -> Session:
+        """A session along the fastest route whose peers take it, for a sequence that begins with `tokens`.
 
-        await self._until_routed(found)
-        await self.directory.wait_for(self._knows_distances, RTT_PATIENCE)
-        return self.route(tokens)
-
-    async def open_session(self, max_tokens: int) -> Session:
-        """A session of at most `max_tokens` along the fastest route whose peers take it.
+        It holds at most `wished` tokens, or where there is no room for so many `needed` ones.
 
         Raises:
             NoRoute, RemoteFault, NoCapacity: none could be opened within `timeout` seconds.
@@ -216,32 +182,32 @@ class Swarm:
         """
 
         async def opened() -> Session:
+            if wished > needed:
+                try:
+                    return await self._open_session(tokens, wished, is_wish=True)
+                except (NoRoute, NoRoom) as reason:
+                    logger.debug("no session of %d tokens: %s", wished, reason)
+            return await self._open_session(tokens, needed)
+
+        return await self._routes.until_routed(opened, needed)
+
+    async def _open_session(
+        self, tokens: Sequence[int], max_tokens: int, *, is_wish: bool = False
+    ) -> Session:
+        """One attempt. That a mere wish found no room says nothing against a peer."""
+        try:
             return await Session.open(
                 self._transport,
                 self.route(max_tokens),
-                model_id=self.model.model_id,
-                max_tokens=max_tokens,
-                on_fault=self.judge,
+                Asked(self.model.model_id, self.model.hidden_size, max_tokens, tokens),
+                secret=self._secret,
+                on_fault=self._routes.judge,
                 deadlines=self._deadlines,
             )
-
-        return await self._until_routed(opened)
-
-    def judge(self, fault: SwarmError) -> None:
-        """Hear of a hop that failed, so that routes avoid it for a while.
-
-        Raises:
-            TransportError: it was not the peer's fault: this client's own network has failed.
-        """
-        if self._failure is not None:
-            raise self._failure
-        now = asyncio.get_running_loop().time()
-        if isinstance(fault, RemoteFault) and not isinstance(fault, ConnectionLost):
-            logger.info("avoiding peer %s: it %s", fault.hop.peer, fault.reason)
-            self._avoided[fault.hop.peer] = (now + FAULT_AVOIDED, fault.reason)
-        elif isinstance(fault, NoCapacity):
-            until = now + (fault.retry_after or BUSY_AVOIDED)
-            self._avoided[fault.hop.peer] = (until, fault.reason)
+        except HopError as fault:
+            if not (is_wish and isinstance(fault, NoRoom)):
+                self._routes.judge_opening(fault)
+            raise
 
     def peers(self) -> list[PeerReport]:
         """Who serves what of this model, as this client sees it now."""
@@ -250,36 +216,9 @@ class Swarm:
             for announcement in self.directory.announcements
         ]
 
-    async def _until_routed(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Repeat `attempt` until it succeeds, other peers are asked, or the time is up."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.timeout
-        while True:
-            try:
-                return await attempt()
-            except (NoRoute, RemoteFault, NoCapacity) as error:
-                if clock() >= deadline:
-                    raise
-                reason = error
-            if isinstance(reason, NoRoute):
-                pause = max(0.0, min(ROUTE_PAUSE, deadline - clock()))
-                if not await self.directory.wait_for(self._may_route, pause):
-                    self._on_waiting(reason)
-
-    def _may_route(self) -> bool:
-        try:
-            self.route()
-        except NoRoute:
-            return False
-        return True
-
-    def _knows_distances(self) -> bool:
-        serving = (server for server in self.directory.announcements if server.state == "serving")
-        return all(self.directory.rtt(server.peer_id) is not None for server in serving)
-
     async def _watch_network(self) -> None:
-        self._failure = await self._transport.wait_failed()
-        logger.error("the network of this client has failed: %s", self._failure)
+        self._routes.failure = await self._transport.wait_failed()
+        logger.error("the network of this client has failed: %s", self._routes.failure)
 
 
 class Chat:

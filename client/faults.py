@@ -13,14 +13,6 @@ from swarm.errors import SwarmError
 from swarm.net.calls import CallTimeout, Refused
 from swarm.net.transport import FrameError, PeerUnreachable, StreamClosed
 
-CAPACITY_CODES = frozenset({"warming_up", "no_capacity", "draining"})
-
-WAITING = {
-    "warming_up": "is still loading",
-    "no_capacity": "has no room for another session",
-    "draining": "is about to leave",
-}
-
 
 class HopError(SwarmError):
     """A hop of a session did not do its part."""
@@ -38,8 +30,8 @@ class RemoteFault(HopError):
         super().__init__(hop, reason, "Try again: the next route will avoid this peer.")
 
 
-class ConnectionLost(RemoteFault):
-    """The stream ended: the peer is gone, or closed what was idle for long. A new stream will tell."""
+class SessionLost(RemoteFault):
+    """The session ended at the peer: it is gone, or ended what was idle for long. A new session will tell."""
 
 
 class NoCapacity(HopError):
@@ -48,6 +40,14 @@ class NoCapacity(HopError):
     def __init__(self, hop: Hop, reason: str, retry_after: float | None):
         super().__init__(hop, reason, "Try again in a little while.")
         self.retry_after = retry_after
+
+
+class NoRoom(NoCapacity):
+    """A session of this size does not fit beside the others at the peer; a smaller one may."""
+
+
+class WarmingUp(NoCapacity):
+    """The peer is loading its blocks, or has begun to now that it was asked."""
 
 
 class RequestRefused(HopError):
@@ -69,7 +69,7 @@ def blaming(hop: Hop) -> Iterator[None]:
     except PeerUnreachable as unreachable:
         raise RemoteFault(hop, "cannot be reached") from unreachable
     except StreamClosed as closed:
-        raise ConnectionLost(hop, "closed the connection") from closed
+        raise SessionLost(hop, "closed the connection") from closed
     except FrameError as broken:
         raise RemoteFault(hop, "sent something that is not of this protocol") from broken
 
@@ -77,8 +77,14 @@ def blaming(hop: Hop) -> Iterator[None]:
 def _refusal(hop: Hop, refused: Refused) -> HopError:
     error = refused.error
     said = printable(error.message).replace("\n", " ").strip().rstrip(".")
-    if error.code in CAPACITY_CODES:
-        return NoCapacity(hop, WAITING[error.code], error.retry_after if error.code != "draining" else None)
+    if error.code == "warming_up":
+        return WarmingUp(hop, "is still loading", error.retry_after)
+    if error.code == "no_capacity":
+        return NoRoom(hop, "has no room for another session", error.retry_after)
+    if error.code == "draining":
+        return NoCapacity(hop, "is about to leave", None)
+    if error.code == "unknown_session":
+        return SessionLost(hop, "has ended the session")
     if error.code == "bad_request":
         return RequestRefused(hop, f"refused the request: {said}")
     return RemoteFault(hop, f"failed: {said}" if said else "failed")

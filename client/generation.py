@@ -16,10 +16,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from swarm.client.conversation import Conversation, Ends
+from swarm.client.leg import HopTimes
 from swarm.client.options import GenerationOptions
 from swarm.client.route import Hop
 from swarm.client.sampling import Sampler
-from swarm.client.session import HopTimes
 from swarm.client.text import Detokenizer, StopScanner
 from swarm.errors import InputError
 from swarm.spans import Span
@@ -53,7 +53,8 @@ class Generation:
     """A finished answer. `token_ids` are the new tokens alone, an end-of-text token included.
 
     `ttft_ms` is the time to the first token, the opening of the session included; `tokens_per_s` the
-    rate of the tokens after it.
+    rate of the tokens after it. The hops held `cached_tokens` of the
+    prompt's tokens already.
     """
 
     text: str
@@ -64,6 +65,7 @@ class Generation:
     tokens_per_s: float
     route: tuple[HopReport, ...]
     recoveries: int = 0
+    cached_tokens: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The contract of `--json`."""
@@ -71,7 +73,11 @@ class Generation:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
-            "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": len(self.token_ids)},
+            "usage": {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": len(self.token_ids),
+                "cached_tokens": self.cached_tokens,
+            },
             "timing": {"ttft_ms": round(self.ttft_ms, 2), "tokens_per_s": round(self.tokens_per_s, 2)},
             "route": [
                 {
@@ -147,12 +153,13 @@ class TextStream:
     async def _write(self) -> AsyncGenerator[str, None]:
         loop, answer, conversation = asyncio.get_running_loop(), self._answer, self._conversation
         clock = _Clock(self._now())
-        turn, hidden = await conversation.begin(answer.prompt, answer.options.max_new_tokens)
+        turn, hidden, cached_tokens = await conversation.begin(answer.prompt, answer.options.max_new_tokens)
         session = conversation.session
         assert session is not None
         session.reset_times()
+        choose = self._choose if session.takes_token_ids else self._choose_and_embed
         while answer.finish_reason is None:
-            token, embedded = await loop.run_in_executor(self._compute, self._choose, hidden)
+            token, embedded = await loop.run_in_executor(self._compute, choose, hidden)
             clock.tick(self._now())
             if piece := answer.push(token, conversation.has_room(answer.length + 2)):
                 yield piece
@@ -161,12 +168,16 @@ class TextStream:
         if piece := answer.flush():
             yield piece
         route = tuple(HopReport.of(hop, times) for hop, times in session.times())
-        self.generation = answer.generation(clock, route)
+        self.generation = answer.generation(clock, route, cached_tokens)
         self._on_end(self.generation)
 
-    def _choose(self, hidden: Tensor) -> tuple[int, Tensor]:
+    def _choose(self, hidden: Tensor) -> tuple[int, None]:
+        """The next token, which needs no embedding; runs on the compute thread."""
+        return self._sampler.choose(self._answer.tokens, self._ends.logits(hidden)[-1]), None
+
+    def _choose_and_embed(self, hidden: Tensor) -> tuple[int, Tensor]:
         """The next token and its embedding [1, hidden]; runs on the compute thread."""
-        token = self._sampler.choose(self._answer.tokens, self._ends.logits(hidden)[-1])
+        token, _ = self._choose(hidden)
         return token, self._ends.embed(torch.tensor([token]))
 
 
@@ -245,7 +256,7 @@ class _Answer:
         self._text += shown
         return shown
 
-    def generation(self, clock: _Clock, route: tuple[HopReport, ...]) -> Generation:
+    def generation(self, clock: _Clock, route: tuple[HopReport, ...], cached_tokens: int) -> Generation:
         return Generation(
             text=self._text,
             token_ids=tuple(self.tokens[len(self.prompt) :]),
@@ -254,6 +265,7 @@ class _Answer:
             ttft_ms=clock.ttft_ms,
             tokens_per_s=clock.tokens_per_s,
             route=route,
+            cached_tokens=cached_tokens,
         )
 
 

@@ -29,8 +29,9 @@ OnProgress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Network:
-    """This client's access to the swarm: a way to its peers, and to what they announce."""
+    """This client's access to the swarm: who it is, a way to its peers, and to what they announce."""
 
+    identity: Identity
     transport: Transport
     store: RecordStore
 
@@ -58,7 +59,7 @@ async def join(
     stack.push_async_callback(transport.close)
     store = await kademlia.KademliaStore.start(transport, initial_peers, client_mode=True)
     stack.push_async_callback(store.close)
-    return Network(transport, store)
+    return Network(who, transport, store)
 
 
 def require_peers(initial_peers: Sequence[str]) -> None:

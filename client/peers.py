@@ -44,6 +44,7 @@ class PeerReport:
             "state": said.state,
             "blocks": list(said.span),
             "progress": said.progress,
+            "asleep": said.asleep,
             "throughput": {"decode": rates.decode, "prefill": rates.prefill, "network": rates.network},
             "kv_tokens_left": said.kv_tokens_left,
             "rtt_ms": None if self.rtt is None else round(self.rtt * 1000, 3),

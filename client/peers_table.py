@@ -11,6 +11,7 @@ from rich.text import Text
 from swarm import cli
 from swarm.client.joining import join
 from swarm.client.peers import PeerReport, report_peers
+from swarm.dht.announcement import Announcement
 
 COLUMNS = ("Peer", "Model", "Blocks", "State", "Blocks/s", "KV left", "RTT", "Version")
 
@@ -40,14 +41,19 @@ def table(reports: Sequence[PeerReport]) -> Table:
 
 def _cells(report: PeerReport) -> tuple[str, ...]:
     said = report.announcement
-    state = f"{said.state} {said.progress:.0%}" if said.state == "joining" else said.state
     return (
         report.label,
         report.model,
         str(report.span),
-        state,
+        _state(said),
         f"{said.throughput.decode:.0f}" if said.throughput.decode else "-",
         str(said.kv_tokens_left),
         "-" if report.rtt is None else f"{report.rtt * 1000:.1f} ms",
         said.version,
     )
+
+
+def _state(said: Announcement) -> str:
+    if said.asleep:
+        return "asleep"
+    return f"{said.state} {said.progress:.0%}" if said.state == "joining" else said.state

@@ -5,12 +5,14 @@ queue, computing a block. Dijkstra's algorithm finds the cheapest way through al
 over announcements: nothing here knows of streams, tensors or time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import groupby
 from math import inf
 from types import MappingProxyType
+
+import msgspec
 
 from swarm.client.text import printable
 from swarm.dht.announcement import Announcement
@@ -23,6 +25,12 @@ DEFAULT_RTT = 0.1
 
 DEFAULT_DECODE = 50.0
 """Blocks a second assumed of a server that has not measured itself."""
+
+LOADING_SECONDS = 60.0
+"""Seconds that a shard is taken to need until it serves, less what is loaded."""
+
+WAKING_SECONDS = 3600.0
+"""What waking a peer is taken to cost: more than any wait for one that loads already."""
 
 CLIENT = -1
 """Stands for the client where a server would have its place in the list of announcements."""
@@ -60,6 +68,12 @@ class Costs:
         """Wait before a step starts: each step in the queue runs the server's whole span."""
         return server.queue * server.span.size * self.block_seconds(server)
 
+    def ready_seconds(self, server: Announcement) -> float:
+        """Wait until the server has its blocks, if they are to be loaded."""
+        if server.state != "joining":
+            return 0.0
+        return WAKING_SECONDS if server.asleep else LOADING_SECONDS * (1 - server.progress)
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -82,14 +96,24 @@ class Route:
 
 
 class NoRoute(SwarmError):
-    """Some blocks have no server that can take the session now."""
+    """Some blocks have no server that can take the session now.
+
+    There will be servers for all of them once those that are `loading` have done so, and those in `to_wake`,
+    if there are any, were asked to.
+    """
 
     def __init__(
-        self, message: str, hint: str, missing: Sequence[Span] = (), loading: Sequence[Announcement] = ()
+        self,
+        message: str,
+        hint: str,
+        missing: Sequence[Span] = (),
+        loading: Sequence[Announcement] = (),
+        to_wake: Sequence[Announcement] = (),
     ):
         super().__init__(message, hint)
         self.missing = tuple(missing)
         self.loading = tuple(loading)
+        self.to_wake = tuple(to_wake)
 
 
 def find_route(
@@ -100,14 +124,16 @@ def find_route(
     model: str = "the model",
     tokens: int = 0,
     excluded: Mapping[PeerId, str] = MappingProxyType({}),
+    woken: Collection[PeerId] = (),
 ) -> Route:
     """The fastest route through blocks `[0, num_blocks)` for a session of at most `tokens` tokens.
 
     Only serving peers with room for the session are used, and none of `excluded`, whose values say why
     ("did not answer"). Equal costs are decided by the number of hops, then by the order of peer ids.
+    `woken` have been asked to load their blocks, and may not have announced yet that they do.
 
     Raises:
-        NoRoute: some blocks have no such peer; says which, and who is still loading them.
+        NoRoute: some blocks have no such peer; says which, who is still loading them, and whom to wake.
     """
     usable = [
         server
@@ -117,7 +143,8 @@ def find_route(
     usable.sort(key=lambda server: (server.peer, server.start, server.end))
     missing = missing_spans(usable, num_blocks)
     if missing:
-        raise _no_route(announcements, missing, model, tokens, excluded)
+        to_wake = _to_wake(announcements, usable, num_blocks, costs, excluded, woken)
+        raise _no_route(announcements, missing, model, tokens, excluded, to_wake)
     return _Search(usable, num_blocks, costs).run()
 
 
@@ -130,6 +157,31 @@ def missing_spans(servers: Sequence[Announcement], num_blocks: int) -> list[Span
             missing.append(Span(reached, min(start, num_blocks)))
         reached = max(reached, end)
     return missing
+
+
+def _to_wake(
+    announcements: Sequence[Announcement],
+    usable: Sequence[Announcement],
+    num_blocks: int,
+    costs: Costs,
+    excluded: Mapping[PeerId, str],
+    woken: Collection[PeerId],
+) -> list[Announcement]:
+    """Who sleeps on the fastest way through all that serve, load or sleep; nobody where there is no way."""
+    joining = [server for server in announcements if server.state == "joining"]
+    coming = [
+        *(server for server in joining if server.peer_id not in excluded),
+        *(
+            msgspec.structs.replace(server, state="joining", asleep=False)
+            for server in announcements
+            if server.peer_id in woken
+        ),
+    ]
+    candidates = [*usable, *sorted(coming, key=lambda server: (server.peer, server.start, server.end))]
+    if missing_spans(candidates, num_blocks):
+        return []
+    hops = _Search(candidates, num_blocks, costs).run().hops
+    return [hop.announcement for hop in hops if hop.announcement.asleep]
 
 
 @dataclass
@@ -151,7 +203,10 @@ class _Search:
         costs, servers = self.costs, self.servers
         self.one_way = [costs.one_way(server.peer_id) for server in servers]
         self.compute = [costs.block_seconds(server) for server in servers]
-        self.enter = [costs.queue_seconds(server) + costs.block_seconds(server) for server in servers]
+        self.enter = [
+            costs.ready_seconds(server) + costs.queue_seconds(server) + costs.block_seconds(server)
+            for server in servers
+        ]
         self.at_block: list[list[int]] = [[] for _ in range(self.num_blocks)]
         self.of_peer: dict[PeerId, list[int]] = {}
         for index, server in enumerate(servers):
@@ -227,26 +282,29 @@ def _no_route(
     model: str,
     tokens: int,
     excluded: Mapping[PeerId, str],
+    to_wake: Sequence[Announcement],
 ) -> NoRoute:
     concerned = [
         server
         for server in sorted(announcements, key=lambda server: (server.start, server.peer))
         if any(server.start < span.end and span.start < server.end for span in missing)
     ]
-    loading = [server for server in concerned if server.state == "joining"]
+    loading = [server for server in concerned if server.state == "joining" and not server.asleep]
+    asleep = [server for server in concerned if server.asleep and server.peer_id not in excluded]
     full = [server for server in concerned if server.state == "serving" and server.kv_tokens_left < tokens]
-    failed = [server for server in concerned if server.state == "serving" and server.peer_id in excluded]
+    failed = [server for server in concerned if server.peer_id in excluded and server not in loading]
     blocks = ", ".join(blocks_text(span) for span in missing)
     reasons = [
         *(f"{label(s)} is loading {blocks_text(s.span)}, {s.progress:.0%} done" for s in loading),
+        *(f"{label(s)} is asleep" for s in asleep),
         *(f"{label(s)} has room for {s.kv_tokens_left} tokens where {tokens} are needed" for s in full),
         *(f"{label(s)} {excluded[s.peer_id]}" for s in failed if s not in full),
     ]
     message = f"No server serves {blocks} of {model}" + (f": {'; '.join(reasons)}." if reasons else ".")
-    if loading or failed:
+    if loading or asleep or failed:
         hint = "Wait a little and try again."
     elif full:
         hint = "Ask for fewer tokens, or wait until another session ends."
     else:
         hint = f"Start one: python -m swarm.server --model {model} --blocks {missing[0]}."
-    return NoRoute(message, hint, missing, loading)
+    return NoRoute(message, hint, missing, loading, to_wake)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from swarm import cli
 from swarm.client.joining import require_peers
 from swarm.client.options import Options, generation_options
-from swarm.client.route import NoRoute
+from swarm.client.route import NoRoute, label
 from swarm.errors import SwarmError
 
 if TYPE_CHECKING:
@@ -78,18 +78,25 @@ def answer_options(args: argparse.Namespace) -> Options:
 
 
 def waiting_reporter(*, quiet: bool = False) -> Callable[[SwarmError], None]:
-    """Says on standard error why there is no route, once for each new reason, not for each new percentage."""
+    """Says on standard error why there is no route, and who is woken for it; but not each new percentage."""
     said: object = None
 
     def report(reason: SwarmError) -> None:
         nonlocal said
         key = (
-            (reason.missing, [server.peer for server in reason.loading])
+            (reason.missing, *([server.peer for server in some] for some in (reason.loading, reason.to_wake)))
             if isinstance(reason, NoRoute)
             else reason.message
         )
         if key != said and not quiet:
-            print(f"Waiting. {reason.message}", file=sys.stderr, flush=True)
+            print("\n".join(_news(reason)), file=sys.stderr, flush=True)
         said = key
 
     return report
+
+
+def _news(reason: SwarmError) -> list[str]:
+    """What is done about having no route, line by line: waking others, or waiting."""
+    if isinstance(reason, NoRoute) and reason.to_wake:
+        return [f"Waking blocks {server.span} at {label(server)}." for server in reason.to_wake]
+    return [f"Waiting. {reason.message}"]

@@ -45,8 +45,9 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     """One peer serves one span of one model.
 
-    `progress` is the loaded fraction of the shard. `rtts` are round trips in seconds from this
-    peer to peers that hold the blocks after its own.
+    `progress` is the loaded fraction of the shard. A peer that is joining and `asleep` loads it when
+    somebody asks for a session. `rtts` are round trips in seconds from this peer to peers that hold the
+    blocks after its own.
     """
 
     peer: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -55,6 +56,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     end: Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
     state: PeerState
     progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    asleep: bool = False
     throughput: Throughput = Throughput()
     kv_tokens_left: Tokens = 0
     queue: Tokens = 0

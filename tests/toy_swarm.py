@@ -2,13 +2,15 @@
 
 Hidden states have four channels: the token, how many blocks it went through, the sum of all tokens up to
 it, and how many there are. A block refuses what its KV does not continue, so an answer proves that each
-block saw each token once, in order.
+block saw each token once, in order. Pages are kept with the tokens that are in them: one found under the
+wrong key makes a wrong answer.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarm.client.facade import Swarm
+from swarm.client.facade import PAGE_SECRET, Swarm
 from swarm.dht.announcement import Announcement, ModelEntry, Throughput
 from swarm.dht.announcer import Announcer
 from swarm.dht.memory import MemoryStore
@@ -28,11 +30,13 @@ from swarm.net.memory import MemoryNetwork
 from swarm.net.messages import Close, Closed, Open, Opened, Ping, Pong, Result, Step
 from swarm.net.transport import PeerId, Stream, StreamClosed
 from swarm.net.virtual_time import VirtualTimeLoop
+from swarm.page_keys import KEY_BYTES, PAGE_TOKENS, page_keys, split_keys
 from swarm.spans import Span
 
 HIDDEN = 4
 EOS = 256
 NUM_BLOCKS = 6
+EVERYBODY = ""
 MODEL_ID = "toy-0123"
 
 NextToken = Callable[[int, int], int]
@@ -101,7 +105,7 @@ class ToyServer:
     """Serves a span as told by its fields, and remembers what it was asked.
 
     `refuse` answers opens, `refuse_steps` the next steps, `spoil` changes what a step gives, `before_step`
-    is awaited before each.
+    is awaited before each; `claims` is what it says it holds, whatever it does.
     """
 
     network: MemoryNetwork
@@ -110,13 +114,18 @@ class ToyServer:
     dtype: messages.Dtype = "float32"
     codec: messages.Codec = "raw"
     max_step_tokens: int = 64
+    takes_token_ids: bool = True
+    claims: int | None = None
     refuse: list[messages.Error] = field(default_factory=list)
     refuse_steps: list[messages.Error] = field(default_factory=list)
     spoil: Callable[[Tensor], Tensor] | None = None
     before_step: Callable[[int], Any] | None = None
+    refused: list[Open] = field(default_factory=list)
     opened: list[Open] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
+    received: list[Step] = field(default_factory=list)
+    pages: dict[tuple[str, Span, bytes], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.identity = Identity.from_seed(self.name)
@@ -147,8 +156,7 @@ class ToyServer:
 
     async def on_stream(self, stream: Stream) -> None:
         calls = MessageStream(stream)
-        kv: dict[int, Tensor] = {}
-        span = self.span
+        session: ToySession | None = None
         while True:
             try:
                 asked, body = await calls.receive()
@@ -159,45 +167,83 @@ class ToyServer:
                     await calls.send(Pong(nonce=asked.nonce))
                 case Open():
                     if self.refuse:
+                        self.refused.append(asked)
                         await calls.send(self.refuse.pop(0))
                         continue
                     self.opened.append(asked)
-                    span = Span(asked.start, asked.end)
-                    await calls.send(self._opened(asked))
+                    session = self._session(asked, calls.peer)
+                    await calls.send(self._opened(asked, session))
                 case Close():
                     self.closed.append(asked.session_id)
                     await calls.send(Closed(session_id=asked.session_id))
                 case Step():
-                    await self._on_step(calls, asked, body, span, kv)
+                    assert session is not None
+                    await self._on_step(calls, asked, body, session)
+
+    def _session(self, asked: Open, client: str) -> "ToySession":
+        """A session that begins with the pages it names, of those that are kept for it."""
+        span = Span(asked.start, asked.end)
+        takes_ids = self.takes_token_ids and asked.start == 0
+        session = ToySession(span, EVERYBODY if takes_ids else client, takes_ids)
+        for key in split_keys(asked.page_keys):
+            page = self.pages.get((session.owner, span, key))
+            if page is None:
+                break
+            for block in span.blocks:
+                session.kv[block] = torch.cat([session.kv[block], page])
+            session.held += PAGE_TOKENS
+        return session
 
     async def _on_step(
-        self, calls: MessageStream, step: Step, body: memoryview, span: Span, kv: dict[int, Tensor]
+        self, calls: MessageStream, step: Step, body: memoryview, session: "ToySession"
     ) -> None:
         self.steps.append((step.seq_pos, step.shape[0]))
+        self.received.append(step)
         if self.before_step is not None:
             await self.before_step(len(self.steps))
         if self.refuse_steps:
             await calls.send(self.refuse_steps.pop(0))
             return
-        hidden = from_wire(body, step.shape, step.dtype, step.codec).float()
-        out = self._run(span, step.seq_pos, hidden, kv)
+        out = self._run(session.span, step.seq_pos, self._hidden(step, body, session), session.kv)
         if self.spoil is not None:
             out = self.spoil(out)
+        else:
+            self._keep(session, step)
         answer = Result(
             session_id=step.session_id,
             seq_pos=step.seq_pos,
             response_type="hidden_states",
             shape=tuple(out.shape),
-            dtype=step.dtype,
-            codec=step.codec,
+            dtype=self.dtype,
+            codec=self.codec,
             queue_ms=1.0,
             compute_ms=2.0,
         )
-        await calls.send(answer, bytes(to_wire(out, step.dtype, step.codec)))
+        await calls.send(answer, bytes(to_wire(out, self.dtype, self.codec)))
+
+    def _hidden(self, step: Step, body: memoryview, session: "ToySession") -> Tensor:
+        values = from_wire(body, step.shape, step.dtype, step.codec)
+        if step.payload_type == "hidden_states":
+            return values.float()
+        assert session.takes_token_ids, "token ids are for who said that it takes them"
+        return ToyEnds().embed(values)
+
+    def _keep(self, session: "ToySession", step: Step) -> None:
+        """Let the pages that `step` has filled be found: what a key names never changes."""
+        filled = range(step.seq_pos // PAGE_TOKENS, (step.seq_pos + step.shape[0]) // PAGE_TOKENS)
+        tokens = session.kv[session.span.start]
+        keys = step.page_keys
+        if step.payload_type == "token_ids":
+            assert not keys, "the tokens tell"
+            keys = page_keys(tokens.int().tolist())[filled.start * KEY_BYTES :]
+        for index, key in zip(filled, split_keys(keys), strict=True):
+            name = (session.owner, session.span, key)
+            page = tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS].clone()
+            assert torch.equal(self.pages.setdefault(name, page), page), "a key names one page"
 
     def _run(self, span: Span, seq_pos: int, hidden: Tensor, kv: dict[int, Tensor]) -> Tensor:
         for block in span.blocks:
-            held = kv.get(block, torch.zeros(0))
+            held = kv[block]
             assert seq_pos <= len(held), "a step leaves a gap"
             assert (hidden[:, 1] == block).all(), "blocks run in order"
             tokens = kv[block] = torch.cat([held[:seq_pos], hidden[:, 0]])
@@ -206,24 +252,38 @@ class ToyServer:
             hidden = torch.stack([hidden[:, 0], hidden[:, 1] + 1, sums, counts], dim=1)
         return hidden
 
-    def _opened(self, asked: Open) -> Opened:
+    def _opened(self, asked: Open, session: "ToySession") -> Opened:
         return Opened(
             session_id=asked.session_id,
             dtype=self.dtype,
             codec=self.codec,
             max_step_tokens=self.max_step_tokens,
+            held=session.held if self.claims is None else self.claims,
+            takes_token_ids=session.takes_token_ids,
         )
 
 
 @dataclass
+class ToySession:
+    """What a server has of one session: for whom it keeps pages, and the tokens that each block saw."""
+
+    span: Span
+    owner: str
+    takes_token_ids: bool
+    held: int = 0
+    kv: dict[int, Tensor] = field(default_factory=lambda: defaultdict(lambda: torch.zeros(0)))
+
+
+@dataclass
 class Toy:
-    """A running toy swarm: its network, its servers by name, and one client."""
+    """A running toy swarm: its network, its servers by name, and one client; `join` makes another."""
 
     network: MemoryNetwork
     servers: dict[str, ToyServer]
     swarm: Swarm
     ends: ToyEnds
     announce: Callable[..., Any]
+    join: Callable[[str], Awaitable[Swarm]]
 
     def __getitem__(self, name: str) -> ToyServer:
         return self.servers[name]
@@ -263,15 +323,21 @@ async def toy_swarm(
         name="toy",
         model_id=MODEL_ID,
         num_blocks=NUM_BLOCKS,
+        hidden_size=HIDDEN,
         config={"max_position_embeddings": context},
     )
-    transport = network.transport("client")
-    swarm = Swarm(transport, store, model, ends, timeout=timeout, **options)
+
+    async def join(client: str) -> Swarm:
+        transport = await stack.enter_async_context(network.transport(client))
+        secret = transport.identity.secret(PAGE_SECRET)
+        swarm = Swarm(transport, store, model, ends, secret=secret, timeout=timeout, **options)
+        await stack.enter_async_context(swarm)
+        await swarm.directory.refresh()
+        return swarm
+
     try:
-        async with swarm:
-            await swarm.directory.refresh()
-            yield Toy(network, servers, swarm, ends, announce)
+        async with AsyncExitStack() as stack:
+            yield Toy(network, servers, await join("client"), ends, announce, join)
     finally:
-        await transport.close()
         for server in servers.values():
             await server.transport.close()

@@ -88,6 +88,13 @@ class Identity:
         """The Ed25519 signature of `data`, 64 bytes."""
         return self._key.sign(data)
 
+    def secret(self, purpose: str) -> bytes:
+        """32 bytes that only who has this key can know: for one `purpose` always the same, and its own.
+
+        BLAKE2 with a key is a pseudorandom function (RFC 7693), as a derivation of keys needs.
+        """
+        return hashlib.blake2b(purpose.encode(), key=self._key.private_bytes_raw(), digest_size=32).digest()
+
     def _write(self, path: Path, keep_existing: bool) -> None:
         """Write all of the file under another name first, so that nobody ever sees half of a key.
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from swarm.net.transport import FrameError
+from swarm.page_keys import KEY_BYTES
 
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Position = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -19,9 +20,16 @@ ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=2)]
 
+MAX_PAGE_KEYS = 3_584
+"""Keys that fit one header, for a prefix of 114,688 tokens."""
+
+PageKeys = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES * MAX_PAGE_KEYS)]
+"""The keys of successive pages, one behind the other; see `swarm.page_keys`."""
+
 Dtype: TypeAlias = Literal["uint32", "float32", "bfloat16", "float16"]
 Codec: TypeAlias = Literal["raw", "scaled"]
 PayloadType: TypeAlias = Literal["token_ids", "hidden_states"]
+Priority: TypeAlias = Literal["interactive", "bulk"]
 ResponseType: TypeAlias = Literal["hidden_states", "logits", "token_ids"]
 ErrorCode: TypeAlias = Literal[
     "warming_up", "no_capacity", "draining", "unknown_session", "bad_request", "model_mismatch", "internal"
@@ -45,26 +53,41 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 class Open(Message, frozen=True, tag="open"):
-    """Open a session on blocks `[start, end)` that will hold at most `max_tokens`."""
+    """Open a session on blocks `[start, end)` that will hold at most `max_tokens`.
+
+    It begins with what the hop has kept of the pages named by `page_keys`, the sequence's first ones.
+    """
 
     session_id: SessionId
     model_id: ModelId
     start: Position
     end: Count
     max_tokens: Count
+    page_keys: PageKeys = b""
+    priority: Priority = "interactive"
 
 
 class Opened(Message, frozen=True, tag="opened"):
-    """The session exists. Activations travel as `dtype` with `codec`, at most `max_step_tokens` a step."""
+    """The session exists. Activations travel as `dtype` with `codec`, at most `max_step_tokens` a step.
+
+    It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
+    bring token ids instead of hidden states if `takes_token_ids`.
+    """
 
     session_id: SessionId
     dtype: Dtype
     codec: Codec
     max_step_tokens: Count
+    held: Position = 0
+    takes_token_ids: bool = False
 
 
 class Step(Message, frozen=True, tag="step"):
-    """Run `shape[0]` tokens from position `seq_pos` on, forgetting what the session held from there."""
+    """Run `shape[0]` tokens from position `seq_pos` on, forgetting what the session held from there.
+
+    Token ids are u32 in the shape [tokens]. `page_keys` name the pages that the step fills, in order, so
+    that they can be found again; empty where they need not be, or where the tokens tell.
+    """
 
     session_id: SessionId
     seq_pos: Position
@@ -73,6 +96,7 @@ class Step(Message, frozen=True, tag="step"):
     shape: Shape
     dtype: Dtype
     codec: Codec = "raw"
+    page_keys: PageKeys = b""
 
 
 class Result(Message, frozen=True, tag="result"):

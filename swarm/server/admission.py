@@ -4,11 +4,12 @@ Every rule of the protocol that a well-formed message can still break is here. K
 engine and no time; None means admitted, an `Error` is the answer to give instead.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 from swarm.dht.announcement import PeerState
 from swarm.net.messages import ITEM_BYTES, Codec, Dtype, Error, ErrorCode, Open, Step, body_bytes, printable
+from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 from swarm.spans import Span
 
 DRAINING_HINT = "This server is leaving the swarm: use another one."
@@ -37,7 +38,10 @@ class Offer:
 
 @dataclass
 class Terms:
-    """What was agreed on when a session was opened, and how many tokens it holds by now."""
+    """What was agreed on when a session was opened, and how many tokens it holds by now.
+
+    Steps may bring token ids instead of hidden states if `takes_token_ids`.
+    """
 
     session_id: str
     max_tokens: int
@@ -45,14 +49,16 @@ class Terms:
     dtype: Dtype
     codec: Codec
     max_step_tokens: int
-    length: int = field(default=0)
+    takes_token_ids: bool = False
+    length: int = 0
 
     @property
     def body_limit(self) -> int:
         """Bytes that the body of one step may have at most."""
         tokens = min(self.max_step_tokens, self.max_tokens)
         scales = 4 * tokens if self.codec == "scaled" else 0
-        return prod((tokens, self.hidden_size, ITEM_BYTES[self.dtype])) + scales
+        hidden = prod((tokens, self.hidden_size, ITEM_BYTES[self.dtype])) + scales
+        return max(hidden, ITEM_BYTES["uint32"] * tokens) if self.takes_token_ids else hidden
 
 
 def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
@@ -65,6 +71,9 @@ def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
         return refusal(
             "bad_request", f"This server serves blocks {offer.span}, not {asked.start}:{asked.end}."
         )
+    fault = _fault_of_keys(asked.page_keys, asked.max_tokens // PAGE_TOKENS)
+    if fault is not None:
+        return refusal("bad_request", fault)
     if offer.phase == "joining":
         return refusal("warming_up", "This server is still loading its blocks.", offer.loading_seconds)
     if offer.phase != "serving":
@@ -90,23 +99,47 @@ def refusal(code: ErrorCode, message: str, retry_after: float | None = None) -> 
 
 
 def _fault_of_form(step: Step, body: int, terms: Terms) -> str | None:
-    if step.payload_type != "hidden_states" or step.response_type != "hidden_states":
-        return "This server takes and gives hidden states only: embed and apply the head on the client."
+    if step.response_type != "hidden_states":
+        return "This server gives hidden states only: apply the head on the client."
+    brings_ids = step.payload_type == "token_ids"
+    fault = _fault_of_ids(step, terms) if brings_ids else _fault_of_hidden_states(step, terms)
+    if fault is None and body != body_bytes(step):
+        return f"A step of this shape has a body of {body_bytes(step)} bytes, not {body}."
+    return fault
+
+
+def _fault_of_ids(step: Step, terms: Terms) -> str | None:
+    if not terms.takes_token_ids:
+        return "This session takes hidden states only: embed on the client."
+    if len(step.shape) != 1 or (step.dtype, step.codec) != ("uint32", "raw"):
+        given = f"{step.dtype} {step.codec} {list(step.shape)}"
+        return f"Token ids are uint32 raw in the shape [tokens], not {given}."
+    return None
+
+
+def _fault_of_hidden_states(step: Step, terms: Terms) -> str | None:
     if len(step.shape) != 2 or step.shape[1] != terms.hidden_size:
         return f"Hidden states have the shape [tokens, {terms.hidden_size}] here, not {list(step.shape)}."
     if (step.dtype, step.codec) != (terms.dtype, terms.codec):
         return f"This session agreed on {terms.dtype} {terms.codec}, not {step.dtype} {step.codec}."
-    if body != body_bytes(step):
-        return f"A step of this shape has a body of {body_bytes(step)} bytes, not {body}."
     return None
 
 
 def _fault_of_place(step: Step, terms: Terms) -> str | None:
-    tokens = step.shape[0]
+    tokens, end = step.shape[0], step.seq_pos + step.shape[0]
     if tokens > terms.max_step_tokens:
         return f"A step may hold {terms.max_step_tokens} tokens at most, not {tokens}."
     if step.seq_pos > terms.length:
         return f"The session holds {terms.length} tokens: position {step.seq_pos} would leave a gap."
-    if step.seq_pos + tokens > terms.max_tokens:
-        return f"The session was opened for {terms.max_tokens} tokens, not {step.seq_pos + tokens}."
+    if end > terms.max_tokens:
+        return f"The session was opened for {terms.max_tokens} tokens, not {end}."
+    return _fault_of_keys(step.page_keys, end // PAGE_TOKENS - step.seq_pos // PAGE_TOKENS)
+
+
+def _fault_of_keys(keys: bytes, pages: int) -> str | None:
+    """What is wrong with the keys of at most `pages` pages, filled one behind the other."""
+    if len(keys) % KEY_BYTES:
+        return f"Keys of pages have {KEY_BYTES} bytes each; {len(keys)} bytes are no whole number of them."
+    if len(keys) > pages * KEY_BYTES:
+        return f"There are {pages} full pages to name here at most, not {len(keys) // KEY_BYTES}."
     return None

@@ -1,15 +1,19 @@
 """The shard cell: one span's place in this process, empty at first and filled in the background.
 
-Owns the phase this peer is in, how much of the shard is loaded, and the engine once there is one. Must
-not know of streams, announcements or the command line; whoever needs to know of changes is called.
+Owns the phase this peer is in, how much of the shard is loaded, and the engine once there is one. Evicted,
+it is empty again and asleep, until it is wanted. Must not know of streams, announcements or the command
+line; whoever needs to know of changes is called.
 """
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
+from swarm.blocks.heap import give_back_freed_memory
 from swarm.dht.announcement import PeerState, Throughput
-from swarm.net.messages import Codec, Dtype
+from swarm.server.span_engine import SpanEngine
 from swarm.spans import Span
 
 MIN_RETRY, MAX_RETRY, UNKNOWN_RETRY = 0.5, 30.0, 2.0
@@ -20,7 +24,7 @@ KNOWN_PROGRESS = 0.02
 
 MOVES: dict[PeerState, frozenset[PeerState]] = {
     "joining": frozenset({"serving", "left"}),
-    "serving": frozenset({"draining"}),
+    "serving": frozenset({"joining", "draining"}),
     "draining": frozenset({"left"}),
     "left": frozenset(),
 }
@@ -52,90 +56,68 @@ def estimate_wait(progress: float, elapsed: float) -> float:
     return min(max(elapsed * (1 - progress) / progress, MIN_RETRY), MAX_RETRY)
 
 
-class StepOutcome(Protocol):
-    """What an engine's step gives: raw little-endian values, and where the milliseconds went."""
-
-    @property
-    def data(self) -> memoryview: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Dtype: ...
-    @property
-    def codec(self) -> Codec: ...
-    @property
-    def queue_ms(self) -> float: ...
-    @property
-    def compute_ms(self) -> float: ...
-
-
-class WireForm(Protocol):
-    """In which numbers a shard is held (`name`), and in which its activations travel."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def wire_dtype(self) -> Dtype: ...
-    @property
-    def codec(self) -> Codec: ...
-
-
-class SpanEngine(Protocol):
-    """What fills the cell: `swarm.blocks.engine.Engine`, or a fake in tests."""
-
-    @property
-    def precision(self) -> WireForm: ...
-    @property
-    def max_step_tokens(self) -> int: ...
-    @property
-    def kv_tokens_left(self) -> int: ...
-    @property
-    def queue(self) -> int: ...
-
-    def open_session(self, session_id: str, span: Span, max_tokens: int) -> None:
-        """Reserve KV memory for blocks `span` of its own. Raises NoCapacity, StepError."""
-        ...
-
-    async def step(
-        self, session_id: str, seq_pos: int, data: memoryview, shape: tuple[int, ...], dtype: str, codec: str
-    ) -> StepOutcome:
-        """Run hidden states [tokens, hidden] from position `seq_pos` on. Raises StepError."""
-        ...
-
-    def close_session(self, session_id: str) -> None:
-        """Free the session's KV memory."""
-        ...
-
-    async def measure(self) -> tuple[float, float]:
-        """Rates of decode and prefill, in (token, block) pairs a second."""
-        ...
-
-    def close(self) -> None:
-        """Stop computing once the running step is done. Safe to call again."""
-        ...
-
-
 OnProgress: TypeAlias = Callable[[float], None]
 Load: TypeAlias = Callable[[OnProgress], Awaitable[SpanEngine]]
 
 
-class ShardCell:
-    """The cell of blocks `span`: `joining` until `fill` is done.
+@dataclass(frozen=True)
+class ShardView:
+    """What a cell for blocks `span` holds: `loaded` of them, which take `bytes`, in the dtype named.
 
-    `load` gets a callback for the loaded fraction, which may be called from any thread; `on_change` is
-    called on the event loop after each change of phase or progress.
+    While nothing is loaded, the dtype is the one that was asked for or was there before.
     """
 
-    def __init__(self, span: Span, load: Load, on_change: Callable[[], None] = lambda: None):
+    span: Span
+    loaded: Span | None
+    bytes: int
+    dtype: str
+    quantization: str
+    state: PeerState
+    asleep: bool
+    progress: float
+
+
+class ShardCell:
+    """The cell of blocks `span`: `joining` until `fill` is done, and again once `evict` was called.
+
+    `load` gets a callback for the loaded fraction, which may be called from any thread; `on_change` is
+    called on the event loop after each change of phase or progress. `dtype` and `quantization` are what was
+    asked for.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        load: Load,
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        dtype: str = "auto",
+        quantization: str = "none",
+    ):
         self.span = span
         self.phase: PeerState = "joining"
         self.progress = 0.0
         self.engine: SpanEngine | None = None
         self.throughput = Throughput()
+        self.dtype = dtype
+        self.quantization = quantization
+        self.serving_since = 0.0  # in the loop's time
         self._load = load
         self._on_change = on_change
         self._started_at: float | None = None
+        self._is_wanted = asyncio.Event()
+        self._is_wanted.set()
+        self._memory = asyncio.Lock()  # held by who takes much of it, or gives it back
         self._is_abandoned = False
+
+    @property
+    def is_asleep(self) -> bool:
+        """Empty since it was evicted, and nobody has asked for the shard yet."""
+        return self.phase == "joining" and not self._is_wanted.is_set()
+
+    async def wait_wanted(self) -> None:
+        """Return once the cell is to be filled: at first, and whenever it was woken."""
+        await self._is_wanted.wait()
 
     async def fill(self) -> None:
         """Load the shard, measure its speed, and begin to serve. Cancelled, it stops the loading too.
@@ -144,16 +126,44 @@ class ShardCell:
             SwarmError: the shard cannot be loaded; the cell stays empty.
         """
         loop = asyncio.get_running_loop()
-        self._started_at = loop.time()
-        try:
-            self.engine = await self._load(lambda fraction: self._report(loop, fraction))
-            self._on_progress(1.0)
-            decode, prefill = await self.engine.measure()
-        except asyncio.CancelledError:
-            self._is_abandoned = True
-            raise
+        async with self._memory:
+            self._started_at = loop.time()
+            try:
+                self.engine = await self._load(lambda fraction: self._report(loop, fraction))
+                self._on_progress(1.0)
+                decode, prefill = await self.engine.measure()
+            except asyncio.CancelledError:
+                self._is_abandoned = True
+                raise
+        self.dtype = self.engine.precision.name
         self.throughput = Throughput(decode=decode, prefill=prefill)
+        self.serving_since = loop.time()
+        self._is_wanted.clear()
         self.move("serving")
+
+    async def evict(self) -> None:
+        """Empty the serving cell, give its memory back, and let it sleep until `wake`.
+
+        Its sessions must have been ended.
+
+        Raises:
+            IllegalMove: it is not serving.
+        """
+        phase, engine = advance(self.phase, "joining"), self.engine
+        self.close()
+        self.phase, self.progress, self._started_at = phase, 0.0, None
+        self._on_change()
+        async with self._memory:
+            if engine is not None:
+                await engine.wait_closed()
+            del engine
+            await asyncio.to_thread(_give_back_memory)
+
+    def wake(self) -> None:
+        """Somebody asked for the shard: if the cell is asleep, it is to be filled again."""
+        if self.is_asleep:
+            self._is_wanted.set()
+            self._on_change()
 
     def move(self, to: PeerState) -> None:
         """Change the phase.
@@ -164,6 +174,20 @@ class ShardCell:
         self.phase = advance(self.phase, to)
         self._on_change()
 
+    def view(self) -> ShardView:
+        """What the cell holds now."""
+        is_loaded = self.engine is not None
+        return ShardView(
+            span=self.span,
+            loaded=self.span if is_loaded else None,
+            bytes=self.engine.shard_bytes if self.engine else 0,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            state=self.phase,
+            asleep=self.is_asleep,
+            progress=self.progress,
+        )
+
     def retry_after(self) -> float:
         """Seconds after which a client that came early should ask again."""
         if self._started_at is None:
@@ -171,7 +195,7 @@ class ShardCell:
         return estimate_wait(self.progress, asyncio.get_running_loop().time() - self._started_at)
 
     def close(self) -> None:
-        """Empty the cell. Safe to call again."""
+        """Stop computing and drop the engine. Safe to call again."""
         if self.engine is not None:
             self.engine.close()
             self.engine = None
@@ -187,3 +211,9 @@ class ShardCell:
         if self.phase == "joining" and fraction > self.progress:
             self.progress = fraction
             self._on_change()
+
+
+def _give_back_memory() -> None:
+    """An engine is full of cycles, which only the collector frees."""
+    gc.collect()
+    give_back_freed_memory()

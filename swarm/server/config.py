@@ -7,11 +7,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.cli import count
+from swarm.cli import count, duration, size
 from swarm.errors import InputError
 from swarm.spans import Span
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "nf4")
+MAX_KV_OVERCOMMIT = 100.0
 MAX_NAME = 100
 JOIN_TIMEOUT = 30.0
 """Seconds within which this peer must have reached the swarm."""
@@ -19,16 +21,27 @@ JOIN_TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """One server. `None` leaves a choice to the machine: all blocks, a fresh identity, what memory allows."""
+    """One server. `None` leaves a choice to the machine: all blocks, a fresh identity, what memory allows.
+
+    `memory_limit` and `max_vram` are in bytes, times in seconds. Without `evict_after` blocks stay loaded,
+    without a `metrics_port` there are no metrics.
+    """
 
     model: str
     blocks: Span | None = None
     initial_peers: tuple[str, ...] = ()
     identity: Path | None = None
     dtype: str = "auto"
+    quantize: str = "none"
     device: str = "auto"
+    memory_limit: int | None = None
+    max_vram: int | None = None
     kv_tokens: int | None = None
+    kv_overcommit: float = 1.0
+    prefix_cache: bool = True
     threads: int | None = None
+    evict_after: float | None = None
+    metrics_port: int | None = None
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
     public_name: str = ""
@@ -37,8 +50,13 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """
         Raises:
-            InputError: the public name cannot be announced.
+            InputError: the public name cannot be announced, or the overcommitment is none.
         """
+        if not 1 <= self.kv_overcommit <= MAX_KV_OVERCOMMIT:
+            raise InputError(
+                f"An overcommitment of {self.kv_overcommit:g} is not possible.",
+                f"Give a number from 1 to {MAX_KV_OVERCOMMIT:g}: 1 promises only what there is memory for.",
+            )
         if len(self.public_name) > MAX_NAME or not self.public_name.isprintable():
             raise InputError(
                 "The public name cannot be used.",
@@ -48,9 +66,20 @@ class ServerConfig:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The server's own options, beside those that all commands share."""
-    what = parser.add_argument_group("what to serve")
+    _what_options(parser.add_argument_group("what to serve"))
+    _resource_options(parser.add_argument_group("what it may take"))
+    _where_options(parser.add_argument_group("where to be reached"))
+    parser.add_argument(
+        "--exit-with-stdin", action="store_true", help="leave the swarm when standard input is closed"
+    )
+
+
+def _what_options(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
-        "--blocks", metavar="A:B", type=_span, help="serve blocks A to B-1; default: all blocks of the model"
+        "--blocks",
+        metavar="A:B",
+        type=_blocks,
+        help="serve blocks A to B-1; default: auto, all blocks of the model",
     )
     what.add_argument(
         "--dtype",
@@ -59,17 +88,68 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="numbers to compute in; auto keeps 16-bit weights as they are (on a CPU as float16, computing in"
         " float32; on a GPU in the checkpoint's own dtype) and takes float32 otherwise",
     )
+    what.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="keep the weights in 8 or 4 bits, less exact, to save memory; needs the package bitsandbytes,"
+        " and is several times slower on a CPU; default: %(default)s",
+    )
     what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     what.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="do not keep the KV pages of ended sessions for others that begin alike",
+    )
+
+
+def _resource_options(takes: argparse._ArgumentGroup) -> None:
+    takes.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        type=size,
+        help="main memory that weights, KV and work space may take together, for example 4GiB or 900MiB;"
+        " default: what is free",
+    )
+    takes.add_argument(
+        "--max-vram-mb",
+        metavar="N",
+        type=count,
+        help="the same for the GPU's memory, in MiB; default: what is free",
+    )
+    takes.add_argument(
         "--kv-tokens",
         metavar="N",
         type=count,
-        help="tokens that all sessions together may hold; default: by memory",
+        help="tokens that all sessions together may hold; default: what the memory leaves beside the weights",
     )
-    what.add_argument(
-        "--threads", metavar="N", type=count, help="CPU threads to compute with; default: all cores"
+    takes.add_argument(
+        "--kv-overcommit",
+        metavar="X",
+        type=_number,
+        default=1.0,
+        help="promise sessions X times the tokens that there is memory for, since most end early; a step may"
+        " then have to wait for others to end; default: %(default)g",
     )
-    where = parser.add_argument_group("where to be reached")
+    takes.add_argument(
+        "--threads",
+        metavar="N",
+        type=count,
+        help="CPU threads to compute with; default: the cores of this machine divided by the servers that run"
+        " on it when this one loads its blocks. Servers that load earlier do not make room for later ones:"
+        " give each its share where several start together",
+    )
+    takes.add_argument(
+        "--evict-after",
+        metavar="DURATION",
+        type=duration,
+        help="give the memory back after that time without a session, for example 30s, 10m or 2h, and load"
+        " again for the next one; default: never. The signal SIGUSR1 asks for it at any time",
+    )
+
+
+def _where_options(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--port",
         metavar="PORT",
@@ -93,8 +173,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--public-name", metavar="NAME", default="", help="what people see instead of a peer id"
     )
-    parser.add_argument(
-        "--exit-with-stdin", action="store_true", help="leave the swarm when standard input is closed"
+    where.add_argument(
+        "--metrics-port",
+        metavar="PORT",
+        type=int,
+        help="answer /metrics for Prometheus, /shard and /healthz on this TCP port of 127.0.0.1; 0 takes a"
+        " free one; default: none",
     )
 
 
@@ -109,9 +193,16 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         initial_peers=args.initial_peers,
         identity=args.identity,
         dtype=args.dtype,
+        quantize=args.quantize,
         device=args.device,
+        memory_limit=args.memory_limit,
+        max_vram=_max_vram(args.max_vram_mb, args.device),
         kv_tokens=args.kv_tokens,
+        kv_overcommit=args.kv_overcommit,
+        prefix_cache=args.prefix_cache,
         threads=args.threads,
+        evict_after=args.evict_after,
+        metrics_port=_port("--metrics-port", args.metrics_port),
         host_maddrs=_host_maddrs(args.port, tuple(args.host_maddrs)),
         announce_maddrs=tuple(args.announce_maddrs),
         public_name=args.public_name,
@@ -119,18 +210,40 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     )
 
 
+def _max_vram(mebibytes: int | None, device: str) -> int | None:
+    if mebibytes is not None and device == "cpu":
+        raise InputError(
+            "--max-vram-mb bounds the memory of a GPU, and --device cpu uses none.",
+            "Bound main memory with --memory-limit.",
+        )
+    return None if mebibytes is None else mebibytes * 2**20
+
+
 def _host_maddrs(port: int | None, given: tuple[str, ...]) -> tuple[str, ...]:
     if given and port is not None:
         raise InputError("--port and --host-maddrs both say where to listen.", "Give one of them.")
+    return given or (f"/ip4/0.0.0.0/tcp/{_port('--port', port) or 0}",)
+
+
+def _port(option: str, port: int | None) -> int | None:
     if port is not None and not 0 <= port < 65536:
         raise InputError(
-            f"--port {port} is not possible.", "Give a port from 1 to 65535, or 0 for a free one."
+            f"{option} {port} is not possible.", "Give a port from 1 to 65535, or 0 for a free one."
         )
-    return given or (f"/ip4/0.0.0.0/tcp/{port or 0}",)
+    return port
 
 
-def _span(text: str) -> Span:
+def _blocks(text: str) -> Span | None:
+    if text == "auto":
+        return None
     try:
         return Span.parse(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error

@@ -22,19 +22,30 @@ class Events(Protocol):
         """The peer can be reached at these multiaddrs."""
         ...
 
-    def phase(self, phase: PeerState, progress: float) -> None:
-        """The phase, or while joining the loaded fraction, is a new one."""
+    def metrics(self, url: str) -> None:
+        """Metrics can be read there."""
+        ...
+
+    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
+        """The phase, or while joining the loaded fraction, is a new one; `asleep` if nothing is loading."""
         ...
 
 
 class JsonEvents:
-    """One JSON object a line: `listening`, `joining` with progress, `serving`, `draining`, `left`."""
+    """One JSON object a line: `listening`, `joining` with progress, `serving`, `draining`, `left`.
+
+    A server that was evicted says `joining` with `asleep`, and `joining` again when it loads.
+    """
 
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
         emit({"event": "listening", "addresses": list(addresses), "peer": peer})
 
-    def phase(self, phase: PeerState, progress: float) -> None:
-        emit({"event": phase, "progress": round(progress, 4)} if phase == "joining" else {"event": phase})
+    def metrics(self, url: str) -> None:
+        emit({"event": "metrics", "url": url})
+
+    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
+        joining = {"progress": round(progress, 4)} if phase == "joining" else {}
+        emit({"event": phase, **joining, **({"asleep": True} if asleep else {})})
 
 
 class TextEvents:
@@ -56,10 +67,14 @@ class TextEvents:
         if self._is_first and addresses:
             self._say_how_to_join(best_address(addresses))
 
-    def phase(self, phase: PeerState, progress: float) -> None:
-        if phase != "joining":
+    def metrics(self, url: str) -> None:
+        _say(f"Metrics: {url}")
+
+    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
+        if phase != "joining" or asleep:
             self._display.close()
-            _say(PHASES[phase])
+            self._on_progress = None
+            _say(ASLEEP if asleep else PHASES[phase])
             return
         if self._on_progress is None:
             bars = self._display.enter_context(Progress())
@@ -79,6 +94,7 @@ PHASES: dict[PeerState, str] = {
     "draining": "Leaving: running steps may end. Ctrl-C again ends at once.",
     "left": "Left the swarm.",
 }
+ASLEEP = "Blocks let go. The next session loads them again."
 
 
 def _say(line: str) -> None:

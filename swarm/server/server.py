@@ -1,7 +1,8 @@
 """One server's life in the swarm, in order: listen, be listed, fill the cell, serve, drain, leave.
 
-Owns what this peer says of itself. Network, records and engine come from outside, real or in-memory;
-how they are started is `startup`'s business, what people see of it all is `events`'.
+In between the cell may be evicted, and filled again for the next session. Owns what this peer says of
+itself. Network, records and engine come from outside, real or in-memory; how they are started is
+`startup`'s business, what people see of it all is `events`'.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from swarm.net.transport import Transport
 from swarm.server.admission import Limits
 from swarm.server.cell import Load, ShardCell
 from swarm.server.events import Events
+from swarm.server.metrics import Metrics
 from swarm.server.sessions import Sessions
 from swarm.spans import Span
 from swarm.version import VERSION
@@ -42,6 +44,7 @@ class Shard:
     span: Span
     load: Load
     dtype: str = "auto"
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,17 @@ class Server:
         limits: Limits | None = None,
         period: float = PERIOD,
     ):
-        self.cell = ShardCell(shard.span, shard.load, self._on_cell_change)
-        self.sessions = Sessions(shard.model.model_id, shard.hidden_size, self.cell, limits)
+        self.cell = ShardCell(
+            shard.span,
+            shard.load,
+            self._on_cell_change,
+            dtype=shard.dtype,
+            quantization=shard.quantization,
+        )
+        self.metrics = Metrics(self.cell, model=shard.model.name, peer=network.identity.peer)
+        self.sessions = Sessions(
+            shard.model.model_id, shard.hidden_size, self.cell, limits, metrics=self.metrics
+        )
         self._shard = shard
         self._network = network
         self._events = events
@@ -84,8 +96,10 @@ class Server:
             period=DIRECTORY_PERIOD,
         )
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, *, metrics_url: str | None = None) -> None:
         """Serve until `stop` is set, then leave; whatever ends it, the announcement is withdrawn.
+
+        `metrics_url` is where `metrics` can be read, if anywhere.
 
         Raises:
             SwarmError: this peer could not be listed.
@@ -94,12 +108,29 @@ class Server:
         await self._network.transport.listen(self.sessions.on_stream)
         self._addresses = tuple(await self._network.transport.addresses())[:MAX_ADDRESSES]
         self._events.listening(self._network.identity.peer, self._addresses)
+        if metrics_url is not None:
+            self._events.metrics(metrics_url)
         try:
             await self._announcer.publish(self.announcement())
-            self._events.phase(self.cell.phase, self.cell.progress)
+            self._tell()
             await self._serve(stop)
         finally:
             await self._leave()
+
+    @property
+    def idle_since(self) -> float | None:
+        """The loop's time from which on it has been serving without a session; None if it is not."""
+        if self.cell.phase != "serving" or self.sessions.count:
+            return None
+        return max(self.cell.serving_since, self.sessions.last_ended_at)
+
+    async def evict(self) -> None:
+        """End all sessions and give the shard's memory back until the next one; nothing unless serving."""
+        if self.cell.phase != "serving":
+            return
+        logger.info("peer %s lets its blocks go", self._network.identity.peer)
+        self.sessions.evict()
+        await self.cell.evict()
 
     def announcement(self) -> Announcement:
         """What this peer says of itself now."""
@@ -111,10 +142,12 @@ class Server:
             end=shard.span.end,
             state=cell.phase,
             progress=cell.progress,
+            asleep=cell.is_asleep,
             throughput=cell.throughput,
             kv_tokens_left=cell.engine.kv_tokens_left if cell.engine else 0,
             queue=cell.engine.queue if cell.engine else 0,
-            dtype=cell.engine.precision.name if cell.engine else shard.dtype,
+            dtype=cell.dtype,
+            quantization=cell.quantization,
             name=self._name,
             version=VERSION,
             addresses=self._addresses,
@@ -128,7 +161,7 @@ class Server:
                 tasks.create_task(work, name=name)
                 for name, work in (
                     ("announce", self._announcer.run(self.announcement)),
-                    ("fill the cell", self._fill()),
+                    ("fill the cell", self._keep_filled()),
                     ("look around", self._look_around()),
                     ("watch the network", self._watch_network()),
                 )
@@ -137,11 +170,15 @@ class Server:
             for task in background:
                 task.cancel()
 
-    async def _fill(self) -> None:
-        """Fill the cell. Whoever is told that this peer serves will find it announced as that."""
-        await self.cell.fill()
-        await self._announce()
-        self._events.phase(self.cell.phase, self.cell.progress)
+    async def _keep_filled(self) -> None:
+        """Fill the cell whenever it is wanted. Who is told that this peer serves finds it announced so."""
+        while True:
+            await self.cell.wait_wanted()
+            await self.cell.fill()
+            assert self.cell.engine is not None, "a cell that was filled holds an engine"
+            self.cell.engine.on_batch = self.metrics.on_batch
+            await self._announce()
+            self._tell()
 
     async def _look_around(self) -> None:
         """Keep the directory fresh, and announce anew when what others plan by has changed."""
@@ -183,4 +220,7 @@ class Server:
     def _on_cell_change(self) -> None:
         self._announcer.changed()
         if self.cell.phase != "serving":
-            self._events.phase(self.cell.phase, self.cell.progress)
+            self._tell()
+
+    def _tell(self) -> None:
+        self._events.phase(self.cell.phase, self.cell.progress, asleep=self.cell.is_asleep)

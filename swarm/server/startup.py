@@ -5,10 +5,12 @@ torch's models take longer than that. Imports run in threads, beside the work th
 """
 
 import asyncio
+import gc
 import importlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from swarm.blocks.models import Model, resolve
@@ -16,12 +18,18 @@ from swarm.cli import Progress
 from swarm.dht.announcement import ModelEntry
 from swarm.errors import SwarmError
 from swarm.net.identity import Identity
-from swarm.server.cell import OnProgress, SpanEngine
+from swarm.server.cell import OnProgress
 from swarm.server.config import ServerConfig
 from swarm.server.events import Events, JsonEvents, TextEvents
+from swarm.server.evicting import evict_on_request, evict_when_idle, requests
+from swarm.server.metrics_endpoint import serving
 from swarm.server.server import Network, Server, Shard
+from swarm.server.span_engine import SpanEngine
 from swarm.server.stopping import Stopping, unless
+from swarm.server.threads import cores, default_threads, servers_here
 from swarm.spans import Span
+
+logger = logging.getLogger(__name__)
 
 FETCH_SHARE = 0.5
 """The part of loading's progress that downloading counts for, where there is something to download."""
@@ -31,15 +39,37 @@ async def serve(config: ServerConfig, stopping: Stopping, *, as_json: bool) -> N
     """Be a server until asked to stop.
 
     Raises:
-        InputError: the model, the blocks, the identity or an address cannot be used.
+        InputError: the model, the blocks, the identity, an address or a port cannot be used.
         SwarmError: the swarm cannot be reached, or this peer's network failed. Both may come in groups.
     """
     async with AsyncExitStack() as stack:
+        evictions = stack.enter_context(requests())
         start = _start(config, stack, as_json=as_json)
         server = await unless(stopping.asked, start)
         if server is not None:
-            await server.run(stopping.asked)
+            url = None
+            if config.metrics_port is not None:
+                url = await stack.enter_async_context(serving(server.metrics, config.metrics_port))
+            await _live(server, config.evict_after, stopping.asked, evictions, url)
     stopping.has_left = True
+
+
+async def _live(
+    server: Server,
+    evict_after: float | None,
+    stop: asyncio.Event,
+    evictions: asyncio.Event,
+    metrics_url: str | None,
+) -> None:
+    """The server's life, with those beside it who may have its blocks evicted."""
+    async with asyncio.TaskGroup() as tasks:
+        beside = [tasks.create_task(evict_on_request(server, evictions), name="evict on request")]
+        if evict_after is not None:
+            idling = evict_when_idle(server, evict_after)
+            beside.append(tasks.create_task(idling, name="evict when idle"))
+        await server.run(stop, metrics_url=metrics_url)
+        for task in beside:
+            task.cancel()
 
 
 async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) -> Server:
@@ -49,7 +79,14 @@ async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) 
         finding = tasks.create_task(_find_model(config, quiet=as_json), name="find the model")
     model, span = finding.result()
     network = await stack.enter_async_context(_join(config, identity))
-    shard = Shard(_entry(model), model.hidden_size, span, partial(_load, config, model, span), config.dtype)
+    shard = Shard(
+        _entry(model),
+        model.hidden_size,
+        span,
+        partial(_load, config, model, span),
+        dtype=config.dtype,
+        quantization=config.quantize,
+    )
     return Server(shard, network, _events(config, model, span, as_json=as_json), name=config.public_name)
 
 
@@ -128,9 +165,17 @@ async def _load(config: ServerConfig, model: Model, span: Span, on_progress: OnP
         on_progress(fraction * FETCH_SHARE)
 
     await asyncio.to_thread(model.ensure_files, span, False, on_fetch)
-    blocks = await asyncio.to_thread(importlib.import_module, "swarm.blocks.engine")
+    blocks = await asyncio.to_thread(_import_engine)
     wanted = blocks.EngineConfig(
-        dtype=config.dtype, device=config.device, kv_tokens=config.kv_tokens, threads=config.threads
+        dtype=config.dtype,
+        device=config.device,
+        quantize=config.quantize,
+        kv_tokens=config.kv_tokens,
+        memory_limit=config.memory_limit,
+        max_vram=config.max_vram,
+        overcommit=config.kv_overcommit,
+        prefix_cache=config.prefix_cache,
+        threads=config.threads or await asyncio.to_thread(_threads),
     )
     try:
         engine: SpanEngine = await blocks.Engine.load(
@@ -144,6 +189,22 @@ async def _load(config: ServerConfig, model: Model, span: Span, on_progress: OnP
             "Serve fewer blocks, or use a smaller --dtype.",
         ) from error
     return engine
+
+
+@cache
+def _import_engine() -> Any:
+    """The engine's module. What is imported by then is no garbage: to look for some in it takes long."""
+    module = importlib.import_module("swarm.blocks.engine")
+    gc.freeze()
+    return module
+
+
+def _threads() -> int:
+    """This server's share of the cores, counted anew for each load."""
+    servers, count = servers_here(), cores()
+    threads = default_threads(count, servers)
+    logger.info("%d threads compute here: %d servers share %d cores", threads, servers, count)
+    return threads
 
 
 def _is_out_of_memory(error: Exception) -> bool:

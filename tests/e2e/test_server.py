@@ -1,6 +1,7 @@
 """`python -m swarm.server` as a real process on loopback: its life, its refusals, and what it survives."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -9,12 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
+import transformers
 
 from swarm.blocks.models import Model, resolve
 from swarm.dht.announcement import Announcement, ModelEntry
@@ -26,7 +31,7 @@ from swarm.net.calls import MessageStream, Refused
 from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pStream, Libp2pTransport
 from swarm.processes import ServerProcess
-from tests.tiny import tiny_checkpoint
+from tests.tiny import COMMON, tiny_checkpoint, tiny_tokenizer
 
 pytestmark = pytest.mark.e2e
 
@@ -247,9 +252,15 @@ def refused(*arguments: str, code: int, says: str) -> None:
     [
         (["--blocks", "3"], "not a span"),
         (["--blocks", "5:3"], "not a span"),
-        (["--blocks", "auto"], "not a span"),
+        (["--blocks", "all"], "not a span"),
         (["--num-blocks", "3"], "num-blocks"),
-        (["--quantize", "int8"], "quantize"),
+        (["--quantize", "int3"], "int3"),
+        (["--memory-limit", "much"], "not a size"),
+        (["--max-vram-mb", "4GiB"], "not a whole number"),
+        (["--max-vram-mb", "100", "--device", "cpu"], "uses none"),
+        (["--kv-overcommit", "0.5"], "0.5 is not possible"),
+        (["--evict-after", "never"], "not a time"),
+        (["--metrics-port", "70000"], "70000"),
         (["--dtype", "int3"], "int3"),
         (["--threads", "0"], "at least 1"),
         (["--kv-tokens", "many"], "whole number"),
@@ -330,6 +341,131 @@ def test_a_corrupt_checkpoint(tmp_path: Path, checkpoint: Path, how: str, says: 
     shutil.copytree(checkpoint, folder)
     corrupted(folder, how)
     refused("--model", str(folder), *LOCAL, code=2, says=says)
+
+
+EVICTED_WITHIN = 5.0
+HEAVY_BYTES = 100 * 2**20
+"""More than what a process's memory goes up and down by for other reasons."""
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose blocks take `HEAVY_BYTES` at least."""
+    folder = tmp_path_factory.mktemp("heavy")
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
+    config = transformers.LlamaConfig(**{**COMMON, **shape, "num_key_value_heads": 8})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+async def test_evicted_on_request_it_gives_memory_back_and_loads_again_for_the_next_session(
+    tmp_path: Path, heavy: Path
+) -> None:
+    model = resolve(str(heavy))
+    options = ("--dtype", "float32", "--metrics-port", "0")
+    async with serving(tmp_path, heavy, *options) as server, client_of(server) as (transport, store):
+        calls = await opened(transport, server, model, "a")
+        before = await stepped_bytes(calls, model, "a")
+        held = memory_of(server)
+        assert (await shard_of(server))["loaded"] == [0, model.num_blocks]
+        os.kill(server.pid, signal.SIGUSR1)
+        await said(server, EVICTED_WITHIN, event="joining", asleep=True)
+        await until_freed(server, held - HEAVY_BYTES)
+        shard = await shard_of(server)
+        assert (shard["asleep"], shard["loaded"], shard["bytes"], shard["dtype"]) == (
+            True,
+            None,
+            0,
+            "float32",
+        )
+        with pytest.raises(Refused) as refused:
+            await stepped(calls, model, "a", 1)
+        assert refused.value.error.code == "unknown_session"
+        (entry,) = await list_models(store)
+        await until_asleep(store, entry)
+        with pytest.raises(Refused) as refused:
+            await opened(transport, server, model, "b")
+        assert refused.value.error.code == "warming_up"
+        assert refused.value.error.retry_after
+        await said(server, START, times=2, event="serving")
+        again = await opened(transport, server, model, "b")
+        assert await stepped_bytes(again, model, "b") == before
+        (listed,) = await list_peers(store, entry)
+        assert (listed.state, listed.asleep) == ("serving", False)
+        server.terminate()
+        assert await server.wait_ended() == 0
+
+
+async def test_it_is_evicted_after_idleness_and_ends_if_it_cannot_load_again(
+    tmp_path: Path, checkpoint: Path, model: Model
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    async with (
+        serving(tmp_path, folder, "--evict-after", "1s") as server,
+        client_of(server) as (transport, _),
+    ):
+        calls = await opened(transport, server, model, "a")
+        await asyncio.sleep(2)
+        assert not any("asleep" in event for event in server.events), "a session is open"
+        calls.close()
+        await said(server, EVICTED_WITHIN, event="joining", asleep=True)
+        corrupted(folder, "cut short")
+        with pytest.raises(Refused):
+            await opened(transport, server, model, "b")
+        async with asyncio.timeout(START):
+            assert await server.wait_ended() == 2
+        assert "truncated" in server.failure().message
+
+
+async def stepped_bytes(calls: MessageStream, model: Model, sign: str) -> bytes:
+    """What a first step of three tokens gives."""
+    step = messages.Step(
+        session_id=sign * 32,
+        seq_pos=0,
+        payload_type="token_ids",
+        response_type="hidden_states",
+        shape=(3,),
+        dtype="uint32",
+    )
+    size = 3 * model.hidden_size * 4
+    _, data = await calls.call(step, array("I", [5, 6, 7]).tobytes(), timeout=10, max_body=size)
+    return bytes(data)
+
+
+async def said(server: ServerProcess, timeout: float, *, times: int = 1, **event: object) -> None:
+    """Wait until the server has said `event`, as one of its fields' values, so many times."""
+    async with asyncio.timeout(timeout):
+        while True:
+            if sum(event.items() <= one.items() for one in server.events) >= times:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def until_asleep(store: KademliaStore, entry: ModelEntry) -> None:
+    """Wait until the one server of the model is announced as asleep."""
+    async with asyncio.timeout(EVICTED_WITHIN):
+        while True:
+            (listed,) = await list_peers(store, entry)
+            if listed.asleep:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def shard_of(server: ServerProcess) -> dict[str, Any]:
+    """The state of the shard, as the metrics endpoint tells it."""
+    url = (await server.wait_for("metrics", START))["url"].replace("/metrics", "/shard")
+    answer = await asyncio.to_thread(lambda: urlopen(url, timeout=10).read())
+    return dict(json.loads(answer))
+
+
+async def until_freed(server: ServerProcess, size: int) -> None:
+    """Wait until the server takes `size` bytes at most."""
+    left_at = time.monotonic() + EVICTED_WITHIN
+    while (taken := memory_of(server)) > size:
+        assert time.monotonic() < left_at, f"{taken / 2**20:.0f} MiB, not {size / 2**20:.0f}, are taken"
+        await asyncio.sleep(0.05)
 
 
 async def test_malformed_frames_end_their_streams_and_nothing_else(

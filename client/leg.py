@@ -1,0 +1,246 @@
+"""One session's stream to one hop: its opening, its steps, its end, and where their time went.
+
+Owns what was agreed on with the hop, and checks whatever it answers. Must not know of the other hops, nor
+why a step is made.
+"""
+
+import asyncio
+import secrets
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swarm.client.faults import NoCapacity, RemoteFault, blaming
+from swarm.client.page_chain import PageChain
+from swarm.client.route import Hop
+from swarm.errors import SwarmError
+from swarm.kernels.codecs import from_wire, to_wire
+from swarm.net.calls import MessageStream
+from swarm.net.messages import AnyMessage, Close, Open, Opened, Result, Step, body_bytes
+from swarm.net.transport import Transport
+from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds granted to a hop: for its answer to `Open`, to a step (and more for each token), to `Close`."""
+
+    open: float = 15.0
+    step: float = 30.0
+    step_token: float = 0.1
+    close: float = 1.0
+
+    def for_step(self, tokens: int) -> float:
+        return self.step + self.step_token * tokens
+
+
+@dataclass
+class HopTimes:
+    """Milliseconds a hop took, summed over steps: on the network, in its queue, computing."""
+
+    steps: int = 0
+    rtt_ms: float = 0.0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+
+    def add(self, elapsed_ms: float, result: Result) -> None:
+        self.steps += 1
+        self.rtt_ms += max(0.0, elapsed_ms - result.queue_ms - result.compute_ms)
+        self.queue_ms += result.queue_ms
+        self.compute_ms += result.compute_ms
+
+    def mean(self) -> "HopTimes":
+        steps = max(self.steps, 1)
+        return HopTimes(self.steps, self.rtt_ms / steps, self.queue_ms / steps, self.compute_ms / steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a session asks of every hop at its opening: room for `max_tokens`, and what it begins with."""
+
+    model_id: str
+    hidden_size: int
+    max_tokens: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The positions `[start, end)` of the sequence `tokens` on their way through the hops.
+
+    Their hidden states [count, hidden] are None while the tokens travel themselves; `wire` is the bytes
+    that the hidden states came in, if they did.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    end: int
+    hidden: Tensor | None
+    wire: memoryview | None = None
+    dtype: str = ""
+    codec: str = ""
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
+
+    def ids(self) -> bytes:
+        """Little-endian u32 [count]."""
+        return struct.pack(f"<{self.count}I", *self.tokens[self.start : self.end])
+
+    def bytes_as(self, dtype: str, codec: str) -> memoryview:
+        if self.wire is not None and (self.dtype, self.codec) == (dtype, codec):
+            return self.wire
+        assert self.hidden is not None, "a hop that takes no token ids is given hidden states"
+        return to_wire(self.hidden, dtype, codec)
+
+
+class Leg:
+    """This session's stream to one hop. `opened` is what was agreed on."""
+
+    def __init__(self, hop: Hop, chain: PageChain, deadlines: Deadlines, clock: Callable[[], float]):
+        self.hop = hop
+        self.prefill = HopTimes()
+        self.decode = HopTimes()
+        self.opened: Opened
+        self._chain = chain
+        self._deadlines = deadlines
+        self._clock = clock
+        self._session_id = secrets.token_hex(16)
+        self._hidden_size = 0
+        self._calls: MessageStream | None = None
+
+    @property
+    def takes_token_ids(self) -> bool:
+        return self.opened.takes_token_ids and self.hop.span.start == 0
+
+    async def open(self, transport: Transport, asked: Asked) -> None:
+        """
+        Raises:
+            RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
+        """
+        hop = self.hop
+        keys = self._chain.asked(asked.tokens)
+        with blaming(hop):
+            stream = await transport.open_stream(hop.peer, hop.announcement.addresses)
+            self._calls = MessageStream(stream)
+            message = Open(
+                session_id=self._session_id,
+                model_id=asked.model_id,
+                start=hop.span.start,
+                end=hop.span.end,
+                max_tokens=asked.max_tokens,
+                page_keys=keys,
+            )
+            answer, _ = await self._calls.call(message, timeout=self._deadlines.open)
+        if not isinstance(answer, Opened) or answer.dtype == "uint32":
+            raise RemoteFault(hop, "answered the opening of a session with something else")
+        if answer.held > len(keys) // KEY_BYTES * PAGE_TOKENS:
+            raise RemoteFault(hop, "says it holds more of a new session than it was asked for")
+        self.opened = answer
+        self._hidden_size = asked.hidden_size
+
+    async def run(self, chunk: Chunk) -> Chunk:
+        """One step, repeated as long as the hop asks to wait and the deadline allows.
+
+        Raises:
+            RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._deadlines.for_step(chunk.count)
+        step, body = self._step(chunk)
+        while True:
+            try:
+                return await self._run_once(chunk, step, body, deadline - loop.time())
+            except NoCapacity as busy:
+                if busy.retry_after is None or loop.time() + busy.retry_after >= deadline:
+                    raise
+                await asyncio.sleep(busy.retry_after)
+
+    async def run_all(
+        self, source: "asyncio.Queue[Chunk]", target: "asyncio.Queue[Chunk]", count: int
+    ) -> None:
+        for _ in range(count):
+            await target.put(await self.run(await source.get()))
+
+    async def close(self) -> None:
+        """Say goodbye, so that the hop frees its memory at once; it will anyway when the stream ends."""
+        if self._calls is None:
+            return
+        try:
+            await self._calls.call(Close(session_id=self._session_id), timeout=self._deadlines.close)
+        except SwarmError:
+            pass
+        finally:
+            self._calls.close()
+
+    def abort(self) -> None:
+        if self._calls is not None:
+            self._calls.close()
+
+    def _step(self, chunk: Chunk) -> tuple[Step, bytes | memoryview]:
+        """The message and the body that bring `chunk` to this hop, with the names of the pages it fills."""
+        if self.takes_token_ids:
+            ids = Step(
+                session_id=self._session_id,
+                seq_pos=chunk.start,
+                payload_type="token_ids",
+                response_type="hidden_states",
+                shape=(chunk.count,),
+                dtype="uint32",
+            )
+            return ids, chunk.ids()
+        dtype, codec = self.opened.dtype, self.opened.codec
+        step = Step(
+            session_id=self._session_id,
+            seq_pos=chunk.start,
+            payload_type="hidden_states",
+            response_type="hidden_states",
+            shape=(chunk.count, self._hidden_size),
+            dtype=dtype,
+            codec=codec,
+            page_keys=self._chain.named(chunk.tokens, chunk.start, chunk.end),
+        )
+        return step, chunk.bytes_as(dtype, codec)
+
+    async def _run_once(self, chunk: Chunk, step: Step, body: bytes | memoryview, remaining: float) -> Chunk:
+        assert self._calls is not None
+        expected = self._expected(chunk)
+        started = self._clock()
+        with blaming(self.hop):
+            answer, data = await self._calls.call(
+                step, body, timeout=remaining, max_body=body_bytes(expected)
+            )
+        result, hidden = self._checked(answer, data, expected)
+        times = self.decode if chunk.count == 1 else self.prefill
+        times.add((self._clock() - started) * 1000, result)
+        return Chunk(chunk.tokens, chunk.start, chunk.end, hidden, data, result.dtype, result.codec)
+
+    def _expected(self, chunk: Chunk) -> Result:
+        """What the hop must answer, its times aside."""
+        return Result(
+            session_id=self._session_id,
+            seq_pos=chunk.start,
+            response_type="hidden_states",
+            shape=(chunk.count, self._hidden_size),
+            dtype=self.opened.dtype,
+            codec=self.opened.codec,
+        )
+
+    def _checked(self, result: AnyMessage, body: memoryview, expected: Result) -> tuple[Result, Tensor]:
+        """The result and its hidden states, if they are what was asked for."""
+        form = (expected.response_type, expected.shape, expected.dtype, expected.codec)
+        if not isinstance(result, Result) or form != (
+            result.response_type,
+            result.shape,
+            result.dtype,
+            result.codec,
+        ):
+            raise RemoteFault(self.hop, "answered a step with a result of another shape or kind")
+        hidden = from_wire(body, result.shape, result.dtype, result.codec)
+        if not torch.isfinite(hidden).all():
+            raise RemoteFault(self.hop, "answered with values that are not numbers")
+        return result, hidden

@@ -1,0 +1,145 @@
+"""What the shard cell must hold: an engine that runs a span for many sessions.
+
+Fixes the words between hosting and computing, so that neither imports the other, and a fake can stand in.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from swarm.net.messages import Codec, Dtype, Priority
+from swarm.spans import Span
+
+
+class StepOutcome(Protocol):
+    """What an engine's step gives: raw little-endian values, and where the milliseconds went.
+
+    `compute_ms` is what the hop worked on it, in three parts: `deserialise_ms`, `forward_ms`, `serialise_ms`.
+    """
+
+    @property
+    def data(self) -> memoryview: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def queue_ms(self) -> float: ...
+    @property
+    def compute_ms(self) -> float: ...
+    @property
+    def deserialise_ms(self) -> float: ...
+    @property
+    def forward_ms(self) -> float: ...
+    @property
+    def serialise_ms(self) -> float: ...
+
+
+class WireForm(Protocol):
+    """In which numbers a shard is held (`name`), and in which its activations travel."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def wire_dtype(self) -> Dtype: ...
+    @property
+    def codec(self) -> Codec: ...
+
+
+class EngineStats(Protocol):
+    """What an engine holds now: open sessions; all its KV pages, those in use, those kept for later."""
+
+    @property
+    def sessions(self) -> int: ...
+    @property
+    def kv_pages(self) -> int: ...
+    @property
+    def kv_pages_used(self) -> int: ...
+    @property
+    def kv_pages_cached(self) -> int: ...
+
+
+class BatchReport(Protocol):
+    """One iteration of an engine: how many steps it took up, with which tokens, and for how long."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def decode_tokens(self) -> int: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class SpanEngine(Protocol):
+    """What fills the cell: `swarm.blocks.engine.Engine`, or a fake in tests."""
+
+    @property
+    def precision(self) -> WireForm: ...
+    @property
+    def shard_bytes(self) -> int: ...
+    @property
+    def max_step_tokens(self) -> int: ...
+    @property
+    def takes_token_ids(self) -> bool: ...
+    @property
+    def kv_tokens_left(self) -> int: ...
+    @property
+    def queue(self) -> int: ...
+    @property
+    def stats(self) -> EngineStats: ...
+
+    on_batch: Callable[[BatchReport], None] | None
+    """Called on the event loop after each iteration."""
+
+    def open_session(
+        self,
+        session_id: str,
+        span: Span,
+        max_tokens: int,
+        *,
+        client: str = "",
+        page_keys: bytes = b"",
+        priority: Priority = "interactive",
+    ) -> int:
+        """Promise KV memory on blocks `span` of its own, for `client`, a peer.
+
+        Returns how many tokens it holds already, of those whose pages `page_keys` name. Raises NoCapacity,
+        StepError.
+        """
+        ...
+
+    async def step(
+        self,
+        session_id: str,
+        seq_pos: int,
+        data: memoryview,
+        shape: tuple[int, ...],
+        dtype: str,
+        codec: str,
+        *,
+        page_keys: bytes = b"",
+    ) -> StepOutcome:
+        """Run hidden states [tokens, hidden], or ids [tokens] where `dtype` is uint32, from `seq_pos` on.
+
+        `page_keys` name the pages that it fills. Raises NoCapacity, StepError.
+        """
+        ...
+
+    def close_session(self, session_id: str) -> None:
+        """Free the session's KV memory."""
+        ...
+
+    async def measure(self) -> tuple[float, float]:
+        """Rates of decode and prefill, in (token, block) pairs a second."""
+        ...
+
+    def close(self) -> None:
+        """Stop computing once the running step is done. Safe to call again."""
+        ...
+
+    async def wait_closed(self) -> None:
+        """Return once a closed engine computes no more."""
+        ...
