@@ -29,9 +29,10 @@ import torch
 import uvloop
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 import swarm
+from benchmarks.reference import REFERENCE, Reference
+from benchmarks.servers import even_spans, serving
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
@@ -39,12 +40,8 @@ from swarm.client.api import Swarm
 from swarm.client.generation import Generation
 from swarm.client.options import GenerationOptions
 from swarm.kernels.codecs import from_wire, to_wire
-from swarm.processes import ServerProcess, stop_all
+from swarm.processes import ServerProcess
 from swarm.spans import Span
-
-REFERENCE = "transformers.generate float32"
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-STARTING = 120.0
 
 
 @dataclass(frozen=True)
@@ -84,24 +81,12 @@ class Contender:
 
 def by_transformers(model: Model) -> Contender:
     """The whole model in float32, as transformers itself generates."""
-    whole = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
-    whole.generation_config.eos_token_id = None
-
-    def generate(prompt: list[int], count: int) -> tuple[float, list[int]]:
-        ids = torch.tensor([prompt])
-        mask = torch.ones_like(ids)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = whole.generate(
-                ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0
-            )
-        return time.perf_counter() - started, out[0, len(prompt) :].tolist()
+    reference = Reference(model)
 
     async def run(load: Load) -> Run:
-        ttft, _ = generate(load.long_prompt, 1)
-        first, _ = generate(load.prompt, 1)
-        whole_time, tokens = generate(load.prompt, load.answer)
-        return Run(ttft, (load.answer - 1) / (whole_time - first), tuple(tokens))
+        ttft, _ = reference.generate(load.long_prompt, 1)
+        rate, tokens = reference.decode_rate(load.prompt, load.answer)
+        return Run(ttft, rate, tuple(tokens))
 
     return Contender(REFERENCE, run)
 
@@ -140,24 +125,11 @@ async def through_servers(
     stack: AsyncExitStack, model: Model, dtype: str, count: int, folder: Path
 ) -> Contender:
     """Servers as processes of their own on loopback, and a client that joins them."""
-    edges = [part * model.num_blocks // count for part in range(count + 1)]
-    servers = [
-        ServerProcess(
-            f"--model {model.name} --dtype {dtype} --device cpu --threads 1 --kv-tokens 4096"
-            f" --blocks {edges[part]}:{edges[part + 1]} --host-maddrs {LOOPBACK} --exit-with-stdin".split(),
-            name=f"{dtype}-{count}-{part}",
-            log=folder / f"{dtype}-{count}-{part}.log",
-        )
-        for part in range(count)
-    ]
-    stack.push_async_callback(stop_all, servers)
-    await servers[0].start()
-    addresses = (await servers[0].wait_for("listening", STARTING))["addresses"]
-    for server in servers[1:]:
-        await server.start(["--initial-peers", *addresses])
-    for server in servers:
-        await server.wait_for("serving", STARTING)
-    client: Swarm = await stack.enter_async_context(swarm.connect(addresses, model.name, dtype=dtype))
+    spans = even_spans(model.num_blocks, count)
+    servers = await stack.enter_async_context(
+        serving(model.name, dtype, spans, folder, "--kv-tokens", "4096", "--no-prefix-cache")
+    )
+    client: Swarm = await stack.enter_async_context(swarm.connect(servers.addresses, model.name, dtype=dtype))
 
     async def answer(prompt: list[int], tokens: int) -> Generation:
         options = GenerationOptions(max_new_tokens=tokens, ignore_eos=True)
@@ -168,7 +140,7 @@ async def through_servers(
         whole = await answer(load.prompt, load.answer)
         return Run(ttft, whole.tokens_per_s, whole.token_ids, whole)
 
-    return Contender(f"{count} server{'s' * (count > 1)}, {dtype}", run, servers)
+    return Contender(f"{count} server{'s' * (count > 1)}, {dtype}", run, servers.processes)
 
 
 def own_memory(server: ServerProcess) -> tuple[float, float]:
