@@ -22,9 +22,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextAttention, Llam
 class _Weight(nn.Module):
     """A matrix that is not used as a linear layer, under the name that it has in one."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = weight
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
 
 class LatentAttention(DeepseekV3Attention):
@@ -41,7 +41,7 @@ class LatentAttention(DeepseekV3Attention):
         self.kv_b_proj = _Weight(self.kv_b_proj.weight)  # type: ignore[assignment]
         self.num_key_value_groups = self.num_heads
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -63,10 +63,9 @@ class LatentAttention(DeepseekV3Attention):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [1, heads, tokens, dim], keys [1, 1, tokens, dim], values [1, 1, tokens, kv_lora_rank]."""
-        if self.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = hidden_states
+        for project in (self.q_proj, self.q_a_proj, self.q_a_layernorm, self.q_b_proj):
+            query = query if project is None else project(query)
         query = query.unflatten(2, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
         still, turned = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]

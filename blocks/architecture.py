@@ -90,7 +90,7 @@ class ScaledEmbedding(nn.Embedding):
     """Embeddings multiplied by `factor`, for models that do so where their blocks begin."""
 
     def __init__(self, weight: nn.Parameter, factor: float):
-        super().__init__(*weight.shape, _weight=weight)
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
         self.factor = factor
 
     def forward(self, ids: Tensor) -> Tensor:

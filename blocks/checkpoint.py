@@ -60,7 +60,7 @@ class Checkpoint:
         self._ties_embeddings = ties_embeddings
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self.file_of = weight_map(folder, self.storage.names)
-        self._ranks = [] if self.file_of else rank_files(self.storage.names)
+        self._ranks = [] if self.file_of else _ranks(self.storage.names)
 
     @property
     def is_indexed(self) -> bool:
@@ -197,7 +197,7 @@ def weights_files(folder: Path, names: Collection[str]) -> tuple[str, ...]:
     """
     if indexed := weight_map(folder, names):
         return tuple(sorted(set(indexed.values())))
-    return tuple(file for files in rank_files(names) for file in files) or (SINGLE_FILE,)
+    return tuple(file for files in _ranks(names) for file in files) or (SINGLE_FILE,)
 
 
 def weight_map(folder: Path, names: Collection[str]) -> dict[str, str] | None:
@@ -220,8 +220,13 @@ def weight_map(folder: Path, names: Collection[str]) -> dict[str, str] | None:
                 f"{index} places the tensor '{name}' in {file!r}, which is no weights file of that folder.",
                 "Do not use this checkpoint unless you trust where it comes from.",
             )
-    is_stale = not set(found.values()) & set(names) and rank_files(names)
+    is_stale = not set(found.values()) & set(names) and _ranks(names)
     return None if is_stale else found
+
+
+def _ranks(names: Collection[str]) -> list[list[str]]:
+    """The files of each rank, where there is no file of the whole model."""
+    return [] if SINGLE_FILE in names else rank_files(names)
 
 
 def _is_plain_file_name(file: object) -> bool:

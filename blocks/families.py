@@ -56,6 +56,17 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+WITH_VISION = ("llama4",)
+"""Kinds of checkpoints of which the text model alone runs here; their config holds that of it."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a raw config that describes the text model: all of it, unless the model also sees."""
+    inner = config.get("text_config")
+    is_outer = config.get("model_type") in WITH_VISION and isinstance(inner, Mapping)
+    return inner if is_outer and inner is not None else config
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that the raw config of a text model belongs to.
 

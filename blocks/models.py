@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm.blocks.checkpoint import Checkpoint
-from swarm.blocks.families import family_of
+from swarm.blocks.families import family_of, text_config
 from swarm.blocks.files import read_json
 from swarm.blocks.fingerprint import fingerprint
 from swarm.blocks.remote import is_url
@@ -109,18 +109,19 @@ def resolve(
     report = on_progress or _ignore
     source = find_source(name, cache_folder(cache_dir), report)
     config = read_json(source.folder / "config.json")
-    family = family_of(config)
     stored_format(config)
-    num_blocks = _count(config, "num_hidden_layers")
-    ties_embeddings = config.get("tie_word_embeddings")
+    text = text_config(config)
+    family = family_of(text)
+    num_blocks = _count(text, "num_hidden_layers")
+    ties_embeddings = text.get("tie_word_embeddings")
     return Model(
         name=name,
         path=source.folder,
         config=config,
-        model_type=config["model_type"],
+        model_type=text["model_type"],
         num_blocks=num_blocks,
-        hidden_size=_count(config, "hidden_size"),
-        vocab_size=_count(config, "vocab_size"),
+        hidden_size=_count(text, "hidden_size"),
+        vocab_size=_count(text, "vocab_size"),
         fingerprint=fingerprint(config, source.digests(report)),
         checkpoint=Checkpoint(
             source.folder,

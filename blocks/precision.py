@@ -95,7 +95,7 @@ def _quantised(asked: str, on_cpu: bool, stored: torch.dtype, quantize: str) -> 
             "Use --dtype auto, or --quantize none.",
         )
     if on_cpu:
-        logger.warning("%s weights save memory, not time: on a CPU float16 is several times faster", quantize)
+        logger.warning("%s weights save memory, not time: float16 is faster on a CPU", quantize)
     name = asked if asked != "auto" else _closest(stored, can_be_half=not on_cpu, on_cpu=on_cpu)
     return Precision(name, getattr(torch, name), None, name, _codec(name), quantize)
 

@@ -25,14 +25,9 @@ class StateLayer(LinearAttentionLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.length = 0
-        self._forget()
+        self.length = self.start = 0
+        self._before: tuple[Tensor | None, Tensor | None] = (None, None)
         self.activate_past_recording()  # else decoding would write to the state in place
-
-    def _forget(self) -> None:
-        self.conv_states[0] = self.recurrent_states[0] = None
-        self.has_previous_state[0] = False
-        self.start, self._before = 0, (None, None)
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
@@ -62,7 +57,8 @@ class StateLayer(LinearAttentionLayer):
             self.conv_states[0], self.recurrent_states[0] = self._before
             self.has_previous_state[0] = self.start > 0
         else:
-            self._forget()
+            self.conv_states[0] = self.recurrent_states[0] = None
+            self.has_previous_state[0] = False
         self.start = self.length = length
         self._before = self.conv_states[0], self.recurrent_states[0]
 

@@ -75,7 +75,8 @@ def load_ends(model: Model, precision: Precision, device: torch.device) -> Any:
     dtype = _placing_dtype(precision, stored_dtype(checkpoint, None))
     module = ends_model(load_config(str(model.path)), dtype)
     wanted = set(module.state_dict()) - ({"lm_head.weight"} if checkpoint.is_tied else set())
-    tensors = dict(checkpoint.read(checkpoint.head_tensors(), threads=READ_THREADS))
+    names = checkpoint.head_tensors()
+    tensors = {_end_name(name): tensor for name, tensor in checkpoint.read(names, threads=READ_THREADS)}
     _place(module, make_plain(tensors, stored_format(model.config), model.config, dtype), device, wanted)
     if checkpoint.is_tied:
         module.get_output_embeddings().weight = module.get_input_embeddings().weight
@@ -83,6 +84,12 @@ def load_ends(model: Model, precision: Precision, device: torch.device) -> Any:
         module.set_output_embeddings(lean_linear(module.get_output_embeddings(), precision.linear_dtype))
         _make_small(module.model.norm, precision)
     return module.to(device).requires_grad_(False)
+
+
+def _end_name(name: str) -> str:
+    """The name that a tensor of the ends has in the causal language model, whatever that is a part of."""
+    *_, module, kind = name.split(".")
+    return f"{'' if module == 'lm_head' else 'model.'}{module}.{kind}"
 
 
 def _placing_dtype(precision: Precision, stored: torch.dtype) -> torch.dtype:

@@ -37,6 +37,15 @@ class Tiling:
     stages: int
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether these are made for `device`: an NVIDIA GPU since Ampere."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
 def append(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, segments: Segments) -> None:
     """Write each row's keys and values to where its position stands in its segment's pages.
 

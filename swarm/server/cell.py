@@ -176,10 +176,9 @@ class ShardCell:
 
     def view(self) -> ShardView:
         """What the cell holds now."""
-        is_loaded = self.engine is not None
         return ShardView(
             span=self.span,
-            loaded=self.span if is_loaded else None,
+            loaded=self.span if self.engine else None,
             bytes=self.engine.shard_bytes if self.engine else 0,
             dtype=self.dtype,
             quantization=self.quantization,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, Llama4TextConfig
+from transformers import DeepseekV3Config, Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
@@ -21,7 +21,7 @@ from swarm.blocks.shard import load_span
 from swarm.errors import InputError
 from swarm.kernels.attention import attend, attend_plainly
 from swarm.spans import Span
-from tests.tiny import SPECIAL, tiny_model
+from tests.tiny import COMMON, SPECIAL, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, None, "bfloat16", "raw")
@@ -81,6 +81,29 @@ def test_a_block_keeps_what_was_said(family, checkpoint_of):
         )
     found = [KVShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
     assert found == kv_shapes(module.config, span)
+
+
+def test_the_text_model_of_one_that_also_sees_runs(tmp_path):
+    text = {**COMMON, **SPECIAL["Llama4"], "floor_scale": 1000}
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sees |= {"image_size": 28, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    torch.manual_seed(0)
+    reference = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=sees)).eval()
+    reference.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, span, ids = resolve(str(tmp_path)), Span(0, 6), torch.tensor([5, 9, 11, 40, 7, 6, 5, 8, 60, 61])
+    assert (model.model_type, model.num_blocks) == ("llama4_text", 6)
+    head = Head.load(model, "float32", "cpu")
+    module = load_span(model, span, Precision("float32", torch.float32, None, "float32", "raw"), CPU)
+    with torch.inference_mode():
+        hidden = module(
+            inputs_embeds=head.embed(ids)[None],
+            position_ids=torch.arange(len(ids))[None],
+            past_key_values=Cache(layers=[KeyValueLayer(len(ids)) for _ in span.blocks]),
+            use_cache=True,
+        ).last_hidden_state[0]
+        expected = reference(input_ids=ids[None]).logits[0]
+    assert torch.allclose(head.logits(hidden), expected, atol=1e-4)
 
 
 def test_embeddings_are_multiplied_once_and_at_the_ends(checkpoint_of):

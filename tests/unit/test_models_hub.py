@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from swarm.blocks import hub as hub_room
 from swarm.blocks.hub import HubUnreachable
@@ -28,6 +28,7 @@ CONFIG = {
     "vocab_size": 32,
     "tie_word_embeddings": False,
 }
+SIDES = {"num_attention_heads": 2, "vocab_size": 8, "intermediate_size": 8}
 SHARDS = [f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2, 3)]
 
 
@@ -80,6 +81,27 @@ def test_only_the_files_of_the_span_are_downloaded(hub, cache):
     model.ensure_files(Span(0, 1), with_head=True)
     assert [name for name in hub.requests if name in SHARDS] == [SHARDS[0], SHARDS[2]]
     assert "consolidated.safetensors" not in hub.requests
+
+
+def test_the_embeddings_come_along_with_the_first_block(hub, cache):
+    resolve(NAME, cache_dir=cache).ensure_files(Span(0, 1), with_head=False)
+
+    assert [name for name in hub.requests if name in SHARDS] == [SHARDS[0], SHARDS[2]]
+
+
+def test_a_repository_of_ranks_is_one_too(hub, cache, tmp_path):
+    origin = {
+        name: tensor for shard in SHARDS for name, tensor in load_file(tmp_path / "origin" / shard).items()
+    }
+    save_file(origin, tmp_path / "rank.safetensors")
+    for shard in SHARDS:
+        del hub.files[shard]
+    hub.files["model-rank-0-part-0.safetensors"] = (tmp_path / "rank.safetensors").read_bytes()
+    hub.files["config.json"] = json.dumps(CONFIG | SIDES).encode()
+
+    model = resolve(NAME, cache_dir=cache)
+    model.ensure_files(Span(1, 2), with_head=False)
+    assert set(model.checkpoint.names) == set(origin)
 
 
 def test_downloading_reports_its_bytes(hub, cache):

@@ -122,6 +122,15 @@ def test_an_index_that_was_copied_along_is_not_believed(tmp_path):
     assert set(again.checkpoint.names) == set(model.checkpoint.names)
 
 
+def test_a_file_of_the_whole_model_is_preferred(tmp_path):
+    _, tensors = by_rank(tmp_path, "Qwen3", 2)
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+
+    assert resolve(str(tmp_path / "m"), cache_dir=tmp_path / "cache").checkpoint.files == (
+        "model.safetensors",
+    )
+
+
 def test_ranks_that_hold_other_weights_make_another_model(tmp_path):
     model, tensors = by_rank(tmp_path, "Qwen3", 2)
     tensors["model.layers.5.mlp.up_proj.weight"][-1] += 1
