@@ -9,17 +9,28 @@ import secrets
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from swarm.client.faults import NoCapacity, RemoteFault, blaming
 from swarm.client.page_chain import PageChain
 from swarm.client.route import Hop
 from swarm.errors import SwarmError
-from swarm.kernels.codecs import from_wire, to_wire
+from swarm.kernels.codecs import from_wire, is_finite, to_wire
 from swarm.net.calls import MessageStream
-from swarm.net.messages import AnyMessage, Close, Open, Opened, Result, Step, body_bytes
+from swarm.net.messages import (
+    AnyMessage,
+    Close,
+    Codec,
+    Dtype,
+    Open,
+    Opened,
+    ResponseType,
+    Result,
+    Step,
+    body_bytes,
+)
 from swarm.net.transport import Transport
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 
@@ -67,21 +78,26 @@ class Asked:
     tokens: Sequence[int]
 
 
+class Wired(NamedTuple):
+    """Hidden states of `shape` [tokens, hidden] as a hop sent them."""
+
+    data: memoryview
+    shape: tuple[int, ...]
+    dtype: Dtype
+    codec: Codec
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The positions `[start, end)` of the sequence `tokens` on their way through the hops.
 
-    Their hidden states [count, hidden] are None while the tokens travel themselves; `wire` is the bytes
-    that the hidden states came in, if they did.
+    They travel as hidden states [count, hidden], or without as the tokens themselves.
     """
 
     tokens: Sequence[int]
     start: int
     end: int
-    hidden: Tensor | None
-    wire: memoryview | None = None
-    dtype: str = ""
-    codec: str = ""
+    hidden: Tensor | Wired | None
 
     @property
     def count(self) -> int:
@@ -91,11 +107,16 @@ class Chunk:
         """Little-endian u32 [count]."""
         return struct.pack(f"<{self.count}I", *self.tokens[self.start : self.end])
 
-    def bytes_as(self, dtype: str, codec: str) -> memoryview:
-        if self.wire is not None and (self.dtype, self.codec) == (dtype, codec):
-            return self.wire
-        assert self.hidden is not None, "a hop that takes no token ids is given hidden states"
-        return to_wire(self.hidden, dtype, codec)
+    def states(self) -> Tensor:
+        """Hidden states [count, hidden]."""
+        assert self.hidden is not None, "these are still tokens"
+        return from_wire(*self.hidden) if isinstance(self.hidden, Wired) else self.hidden
+
+    def bytes_as(self, dtype: Dtype, codec: Codec) -> memoryview:
+        """The hidden states as a hop takes them, which may be as the hop before gave them."""
+        if isinstance(self.hidden, Wired) and (self.hidden.dtype, self.hidden.codec) == (dtype, codec):
+            return self.hidden.data
+        return to_wire(self.states(), dtype, codec)
 
 
 class Leg:
@@ -214,10 +235,11 @@ class Leg:
             answer, data = await self._calls.call(
                 step, body, timeout=remaining, max_body=body_bytes(expected)
             )
-        result, hidden = self._checked(answer, data, expected)
+        result = self._checked(answer, data, expected)
         times = self.decode if chunk.count == 1 else self.prefill
         times.add((self._clock() - started) * 1000, result)
-        return Chunk(chunk.tokens, chunk.start, chunk.end, hidden, data, result.dtype, result.codec)
+        hidden = Wired(data, result.shape, result.dtype, result.codec)
+        return Chunk(chunk.tokens, chunk.start, chunk.end, hidden)
 
     def _expected(self, chunk: Chunk) -> Result:
         """What the hop must answer, its times aside."""
@@ -230,17 +252,14 @@ class Leg:
             codec=self.opened.codec,
         )
 
-    def _checked(self, result: AnyMessage, body: memoryview, expected: Result) -> tuple[Result, Tensor]:
-        """The result and its hidden states, if they are what was asked for."""
-        form = (expected.response_type, expected.shape, expected.dtype, expected.codec)
-        if not isinstance(result, Result) or form != (
-            result.response_type,
-            result.shape,
-            result.dtype,
-            result.codec,
-        ):
+    def _checked(self, result: AnyMessage, body: memoryview, expected: Result) -> Result:
+        """The result, if it is what was asked for, and numbers: hops keep what comes of it."""
+        if not isinstance(result, Result) or _form(result) != _form(expected):
             raise RemoteFault(self.hop, "answered a step with a result of another shape or kind")
-        hidden = from_wire(body, result.shape, result.dtype, result.codec)
-        if not torch.isfinite(hidden).all():
+        if not is_finite(body, result.shape, result.dtype, result.codec):
             raise RemoteFault(self.hop, "answered with values that are not numbers")
-        return result, hidden
+        return result
+
+
+def _form(result: Result) -> tuple[ResponseType, tuple[int, ...], Dtype, Codec]:
+    return result.response_type, result.shape, result.dtype, result.codec

@@ -149,7 +149,7 @@ class Session:
     async def _pass(self, chunk: Chunk) -> list[Tensor]:
         for leg in self._legs:
             chunk = await leg.run(chunk)
-        return [_hidden_of(chunk)]
+        return [chunk.states()]
 
     async def _pipeline(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """All chunks through all hops, each hop working on the next chunk as soon as it has passed one on."""
@@ -159,7 +159,7 @@ class Session:
         queues = [first, *(asyncio.Queue[Chunk](len(chunks)) for _ in self._legs)]
         hand_overs = zip(self._legs, queues, queues[1:], strict=False)
         await concurrently(*(leg.run_all(source, target, len(chunks)) for leg, source, target in hand_overs))
-        return [_hidden_of(queues[-1].get_nowait()) for _ in chunks]
+        return [queues[-1].get_nowait().states() for _ in chunks]
 
     @contextmanager
     def _ending_on_failure(self) -> Iterator[None]:
@@ -184,8 +184,3 @@ def chunk_edges(start: int, end: int, size: int) -> list[int]:
     stride = size - size % PAGE_TOKENS or size
     begin = start - start % PAGE_TOKENS if stride >= PAGE_TOKENS else start
     return [start, *range(begin + stride, end, stride), end]
-
-
-def _hidden_of(chunk: Chunk) -> Tensor:
-    assert chunk.hidden is not None, "a hop gives hidden states"
-    return chunk.hidden

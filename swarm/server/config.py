@@ -92,8 +92,8 @@ def _what_options(what: argparse._ArgumentGroup) -> None:
         "--quantize",
         choices=QUANTIZATIONS,
         default="none",
-        help="keep the weights in 8 or 4 bits, less exact, to save memory; needs the package bitsandbytes,"
-        " and is several times slower on a CPU; default: %(default)s",
+        help="keep the weights in 8 or 4 bits, less exact, to save memory; several times slower on a CPU."
+        " nf4 needs the package bitsandbytes; default: %(default)s",
     )
     what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     what.add_argument(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from swarm.client.options import GenerationOptions, SamplingOptions, generation_options
 from swarm.client.sampling import Sampler
@@ -27,6 +28,27 @@ def test_top_k_top_p_and_min_p_bound_what_is_drawn() -> None:
     assert seen(SamplingOptions(temperature=1.0, top_p=0.5, seed=1)) == {0}
     assert seen(SamplingOptions(temperature=1.0, min_p=0.3, seed=1)) == {0, 1}
     assert seen(SamplingOptions(temperature=50.0, seed=1)) == {0, 1, 2, 3, 4, 5}
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=7))
+    drawn = torch.tensor([sampler.choose([5], LOGITS) for _ in range(6_000)])
+    often = torch.bincount(drawn, minlength=len(LOGITS)) / len(drawn)
+    torch.testing.assert_close(often, LOGITS.softmax(-1), atol=0.02, rtol=0)
+
+
+def test_what_is_left_out_is_never_drawn() -> None:
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=7))
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    assert {sampler.choose([5], logits) for _ in range(1000)} == {1, 3}
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_leaves_out_what_transformers_does(top_p: float) -> None:
+    logits = 3 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(3))
+    theirs = TopPLogitsWarper(top_p)(None, logits)
+    ours = Sampler(SamplingOptions(temperature=1.0, top_p=top_p))._processors(torch.LongTensor([[]]), logits)
+    assert torch.equal(ours, theirs)
 
 
 def test_repetition_penalty_sees_the_prompt() -> None:
