@@ -83,7 +83,8 @@ class Compute:
         rows = [_rows_of(piece) for piece in pieces]
         parts = [piece.segment for piece in pieces]
         hidden = rows[0] if len(rows) == 1 else torch.cat(rows)
-        outputs = self._forward.run(hidden, blocks, parts).split([part.rows for part in parts])
+        output = self._forward.run(hidden, blocks, parts).cpu()  # one copy, which waits for the device
+        outputs = output.split([part.rows for part in parts])
         ended = time.perf_counter()
         for piece, output in zip(pieces, outputs, strict=True):
             piece.output = output

@@ -24,6 +24,10 @@ MAX_PARTS = 64
 """Sub-spans whose models are kept; they share the tensors of the whole."""
 
 
+ROPE_BY_BATCH = ("dynamic", "longrope")
+"""Rotary embeddings that transformers turns by the longest sequence of a batch: each session runs alone."""
+
+
 class Forward(Protocol):
     """Runs rows of sessions through blocks, counted from the span's first."""
 
@@ -51,6 +55,7 @@ class PagedForward:
     ):
         self._device = device
         self._dtype = dtype
+        self._turns_by_batch = _rope_type(module.config) in ROPE_BY_BATCH
         self._part = lru_cache(MAX_PARTS)(partial(part_of, module))
         fused = fuse(module, self._run_plainly)
         self.is_fused = fused is not None
@@ -64,7 +69,13 @@ class PagedForward:
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, blocks: Span, parts: Sequence[Segment]) -> Tensor:
-        return self._run(hidden, blocks, self._pages, Segments.of(parts, self._device))
+        if not self._turns_by_batch:
+            return self._run(hidden, blocks, self._pages, Segments.of(parts, self._device))
+        rows = hidden.split([part.rows for part in parts])
+        each = zip(rows, parts, strict=True)
+        return torch.cat(
+            [self._run(own, blocks, self._pages, Segments.of([part], self._device)) for own, part in each]
+        )
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[PageCopy]) -> None:
@@ -120,6 +131,11 @@ class RecurrentForward:
             use_cache=True,
         )
         return out.last_hidden_state[0]
+
+
+def _rope_type(config: Any) -> str | None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("rope_type")
 
 
 def forward_of(

@@ -23,6 +23,9 @@ PROGRAMS_A_PROCESSOR = 2
 """Pages are shared out in parts until each multiprocessor has so many programs."""
 
 MOST_PARTS = 64
+PART_BYTES = 32 * 2**20
+"""What the parts of a batch may take together before they are combined."""
+
 MOST_HEADS = 16
 """Query heads of one KV head in a tile; more are further tiles."""
 
@@ -165,8 +168,12 @@ def _launch(
     group = heads // kv_heads
     fold = min(group, MOST_HEADS)
     columns = kv_heads * triton.cdiv(group, fold)
+    slots = tiles * (tiling.queries // fold) if taken[0] == 1 else len(query)
     bounds = [n // PAGE + 2 for n in (window, chunk) if n is not None]
-    parts = parts_for(filled * columns, min([segments.tables.shape[1], *bounds]), _processors(query.device))
+    parts = min(
+        parts_for(filled * columns, min([segments.tables.shape[1], *bounds]), _processors(query.device)),
+        max(1, PART_BYTES // (slots * heads * value_dim * 4)),
+    )
     whole, rest = key_dims(keys.shape[2])
     shape = {
         "GROUP": group,
@@ -178,8 +185,7 @@ def _launch(
     target, weights = out, None
     if parts > 1:
         target, weights = (
-            query.new_empty((tiles, columns, parts, tiling.queries, *dims), dtype=torch.float32)
-            for dims in ((value_dim,), ())
+            query.new_empty((slots, heads, parts, *dims), dtype=torch.float32) for dims in ((value_dim,), ())
         )
     attend_tile[(tiles, columns, parts)](
         query,

@@ -93,6 +93,14 @@ def _find_tile(
 
 
 @triton.jit
+def _find_slot(start: tl.tensor, row: tl.tensor, LEAST: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
+    """Where the parts of `row` of the segment that begins at row `start` of the batch are put down."""
+    if LEAST == 1:
+        return tl.program_id(0) * ROWS + row
+    return start + row
+
+
+@triton.jit
 def _find_heads(each: tl.tensor, GROUP: tl.constexpr, FOLD: tl.constexpr) -> tl.tensor:
     """The KV head of this program, the query head of `each` row of its product, and whether there is one."""
     FOLDS: tl.constexpr = (GROUP + FOLD - 1) // FOLD
@@ -120,6 +128,14 @@ def _load_keys(
     if ALL:
         return tl.load(at)
     return tl.load(at, mask=(dim < DIM)[:, None], other=0.0)
+
+
+@triton.jit
+def _tanh(x: tl.tensor) -> tl.tensor:
+    """Near 0 by its series, where the difference of exponentials would lose digits."""
+    square = x * x
+    series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return tl.where(square < 0.0625, x * series, 2 * tl.sigmoid(2 * x) - 1)
 
 
 @triton.jit
@@ -186,9 +202,10 @@ def attend_tile(
     """One tile over one part of its pages, for a segment of `LEAST` to `most` rows.
 
     Without `weights` there is one part, and `out` is the result; else `out` are the part's sums, normalised,
-    [tiles, kv_heads, parts, QUERIES, VALUE_DIM], and `weights` in log2 what they count for.
+    [slots, heads, parts, VALUE_DIM], and `weights` [slots, heads, parts] in log2 what they count for.
     """
     ROWS: tl.constexpr = QUERIES // FOLD
+    FOLDS: tl.constexpr = (GROUP + FOLD - 1) // FOLD
     part = tl.program_id(2)
     segment, start, rows, tile = _find_tile(tl.program_id(0), starts, segments, LEAST, ROWS)
     if (rows < LEAST) | (rows > most) | (tile >= rows):
@@ -233,7 +250,7 @@ def attend_tile(
             scores = tl.dot(asked_rest, rest, scores, input_precision="ieee")
         scores *= scale
         if softcap is not None:
-            scores = 2 * softcap * (tl.sigmoid(2 * scores / softcap) - 0.5)
+            scores = softcap * _tanh(scores / softcap)
         visible = (seen[None, :] <= position[:, None]) & (seen[None, :] >= lowest[:, None])
         scores = tl.where(visible, scores, float("-inf"))
 
@@ -257,8 +274,8 @@ def attend_tile(
         out_at = out + (start + row)[:, None] * out_strides[0] + head[:, None] * out_strides[1]
         tl.store(out_at + value_dim[None, :] * out_strides[2], result.to(out.dtype.element_ty), mask=kept)
     else:
-        at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * parts + part
-        sums_at = at.to(tl.int64) * QUERIES + each
+        slot = _find_slot(start, row, LEAST, ROWS)
+        sums_at = (slot * (tl.num_programs(1) // FOLDS * GROUP) + head) * parts + part
         tl.store(out + sums_at[:, None] * VALUE_DIM + value_dim[None, :], result, mask=kept)
         tl.store(weights + sums_at, highest + tl.log2(total), mask=there)
 
@@ -283,6 +300,7 @@ def combine_parts(
 ) -> None:
     """One row and head of a tile: the sums of its parts, at most `PARTS`, by their weights."""
     ROWS: tl.constexpr = QUERIES // FOLD
+    FOLDS: tl.constexpr = (GROUP + FOLD - 1) // FOLD
     each = tl.program_id(2)
     _, start, rows, tile = _find_tile(tl.program_id(0), starts, segments, LEAST, ROWS)
     row = tile + each // FOLD
@@ -291,8 +309,8 @@ def combine_parts(
         return
     part = tl.arange(0, PARTS)
     value_dim = tl.arange(0, VALUES)
-    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * parts + part
-    sums_at = at.to(tl.int64) * QUERIES + each
+    slot = _find_slot(start, row, LEAST, ROWS)
+    sums_at = (slot * (tl.num_programs(1) // FOLDS * GROUP) + head) * parts + part
     weight = tl.load(weights + sums_at, mask=part < parts, other=float("-inf"))
     share = tl.exp2(weight - tl.max(weight, 0))
     inside = value_dim < VALUE_DIM

@@ -23,9 +23,7 @@ CAPABILITIES = (80, 90)
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 SHAPES = (
     (torch.bfloat16, 4, 128, 128, {}),
-    (torch.bfloat16, 2, 256, 256, {"softcap": "fp32", "window": "i32"}),
-    (torch.bfloat16, 8, 64, 64, {"sinks": "*bf16", "window": "i32"}),
-    (torch.bfloat16, 5, 80, 80, {"chunk": "i32"}),
+    (torch.bfloat16, 5, 80, 80, {"sinks": "*bf16", "window": "i32", "chunk": "i32", "softcap": "fp32"}),
     (torch.bfloat16, 128, 576, 512, {}),
     (torch.float32, 4, 128, 128, {}),
 )
@@ -100,19 +98,22 @@ def programs(
         sizes = {"PAGES": tiling.pages, "QUERIES": tiling.queries, "KEYS": whole, "REST": rest}
         return {**known, **sizes, "LEAST": least, "PARTS": MOST_PARTS}
 
-    for name, tiling, least in (("few", few, 1), ("many", many, few.queries // fold + 1)):
-        launched = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-        yield name, attend_tile, {**tile(tiling, least), "out": pointer, "weights": None}, launched
-        parted = {**tile(tiling, least), "out": "*fp32", "weights": "*fp32"}
-        yield f"{name}, in parts", attend_tile, parted, launched
-        yield f"{name}, combined", combine_parts, {**parted, "out": pointer, "sums": "*fp32"}, {}
+    parted = {**tile(few, 1), "out": "*fp32", "weights": "*fp32"}
+    yield "few rows in parts", attend_tile, parted, launched(few)
+    yield "combine", combine_parts, {**parted, "out": pointer, "sums": "*fp32"}, {}
+    whole_tile = {**tile(many, few.queries // fold + 1), "out": pointer, "weights": None}
+    yield "many rows", attend_tile, whole_tile, launched(many)
+
+
+def launched(tiling: Tiling) -> dict[str, int]:
+    return {"num_warps": tiling.warps, "num_stages": tiling.stages}
 
 
 def main() -> None:
     for capability in CAPABILITIES:
         for *shape, options in SHAPES:
-            for name, program, values, launched in programs(*shape, options):
-                shared = compiled(program, values, capability, **launched)
+            for name, program, values, how in programs(*shape, options):
+                shared = compiled(program, values, capability, **how)
                 line = {"capability": capability, "shape": str(shape), "program": name, "shared": shared}
                 sys.stdout.write(json.dumps(line) + "\n")
 
