@@ -68,7 +68,7 @@ typedef struct {
 
 extern const Kernels avx2_kernels, avx512_kernels;
 
-/* pool.c: `work` on all of [0, count), cut evenly among at most `threads` threads. */
+/* pool.c: `work` on all of [0, count), in parts that at most about `threads` threads share. */
 typedef void (*Work)(void *arg, int64_t from, int64_t to);
 void parallel(Work work, void *arg, int64_t count, int threads);
 

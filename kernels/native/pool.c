@@ -1,7 +1,8 @@
 /* Threads that share the parts of a kernel's work, and scratch space of their own.
  *
- * One piece of work at a time. Workers spin briefly after each, since the next one follows at once within a step, and
- * then sleep on a condition.
+ * One piece of work at a time, in more parts than threads: whoever has time takes the next one, and nobody waits for a
+ * thread that the system does not run. Workers spin briefly after each piece of work, since the next one follows at once
+ * within a step, and then sleep on a condition.
  */
 #include "kernels.h"
 
@@ -9,45 +10,67 @@
 
 #include <immintrin.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #define SPINS 2000
+#define PARTS_A_THREAD 3
 #define ALIGNMENT 64
+
+/* A ticket has the number of the piece of work, how many parts it has, and which one is next. */
+#define NEXT(ticket) ((int64_t)((ticket) & 0xffff))
+#define PARTS(ticket) ((int64_t)((ticket) >> 16 & 0xffff))
 
 static pthread_mutex_t calls = PTHREAD_MUTEX_INITIALIZER; /* one caller at a time uses the pool */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t start = PTHREAD_COND_INITIALIZER;
-static int workers, parts;
-static atomic_uint round_;
-static atomic_int running;
+static int workers;
+static _Atomic uint64_t ticket;
+static atomic_int done, sleeping;
 static struct {
     Work work;
     void *arg;
     int64_t count;
-} job;
+} job; /* as long as one of its parts is not done, it stays as it is */
 
-static void do_part(int part) {
-    int64_t from = job.count * part / parts, to = job.count * (part + 1) / parts;
-    if (from < to) job.work(job.arg, from, to);
+static int has_parts(void) {
+    const uint64_t now = atomic_load(&ticket);
+    return NEXT(now) < PARTS(now);
+}
+
+static void do_parts(void) {
+    while (has_parts()) {
+        const uint64_t mine = atomic_fetch_add(&ticket, 1);
+        const int64_t part = NEXT(mine), parts = PARTS(mine);
+        if (part >= parts) return;
+        const int64_t from = job.count * part / parts, to = job.count * (part + 1) / parts;
+        if (from < to) job.work(job.arg, from, to);
+        atomic_fetch_add(&done, 1);
+    }
 }
 
 static void *be_worker(void *arg) {
-    const int part = (int)(intptr_t)arg;
-    unsigned seen = 0;
     for (;;) {
-        for (int spin = 0; spin < SPINS && atomic_load(&round_) == seen; spin++) _mm_pause();
-        pthread_mutex_lock(&lock);
-        while (atomic_load(&round_) == seen) pthread_cond_wait(&start, &lock);
-        seen = atomic_load(&round_);
-        const int has_part = part < parts;
-        pthread_mutex_unlock(&lock);
-        if (has_part) {
-            do_part(part);
-            atomic_fetch_sub(&running, 1);
+        for (int spin = 0; spin < SPINS && !has_parts(); spin++) _mm_pause();
+        if (!has_parts()) {
+            pthread_mutex_lock(&lock);
+            atomic_fetch_add(&sleeping, 1);
+            while (!has_parts()) pthread_cond_wait(&start, &lock);
+            atomic_fetch_sub(&sleeping, 1);
+            pthread_mutex_unlock(&lock);
         }
+        do_parts();
     }
-    return NULL;
+    return arg;
+}
+
+static void have_workers(int count) {
+    for (; workers < count; workers++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, be_worker, NULL)) return;
+        pthread_detach(thread);
+    }
 }
 
 void parallel(Work work, void *arg, int64_t count, int threads) {
@@ -57,20 +80,21 @@ void parallel(Work work, void *arg, int64_t count, int threads) {
         return;
     }
     pthread_mutex_lock(&calls);
-    pthread_mutex_lock(&lock);
-    for (; workers < threads - 1; workers++) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, be_worker, (void *)(intptr_t)(workers + 1))) break;
-        pthread_detach(thread);
-    }
+    have_workers(threads - 1);
+    const int64_t most = (int64_t)threads * PARTS_A_THREAD, parts = count < most ? count : most;
     job.work = work, job.arg = arg, job.count = count;
-    parts = workers + 1 < threads ? workers + 1 : threads;
-    atomic_store(&running, parts - 1);
-    atomic_fetch_add(&round_, 1);
-    pthread_cond_broadcast(&start);
-    pthread_mutex_unlock(&lock);
-    do_part(0);
-    while (atomic_load(&running)) _mm_pause();
+    atomic_store(&done, 0);
+    atomic_store(&ticket, ((atomic_load(&ticket) >> 32) + 1) << 32 | (uint64_t)parts << 16);
+    if (atomic_load(&sleeping)) {
+        pthread_mutex_lock(&lock);
+        pthread_cond_broadcast(&start);
+        pthread_mutex_unlock(&lock);
+    }
+    do_parts();
+    for (int spin = 0; atomic_load(&done) < parts; spin++) {
+        if (spin < SPINS) _mm_pause();
+        else sched_yield();
+    }
     pthread_mutex_unlock(&calls);
 }
 
