@@ -10,12 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from swarm.blocks.batch import Fairness, Share, form_batch
 from swarm.blocks.checks import StepForm, check_step, max_step_tokens
+from swarm.blocks.company import Pressure, patience, wanted
 from swarm.blocks.compute import Compute, Piece
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.kv import EVERYBODY, PageName, SessionKV, pages_of
@@ -62,6 +64,8 @@ class Engine:
         self._ready: list[PendingStep] = []
         self._fairness = Fairness()
         self._pace = Pace()
+        self._pressure = Pressure(shares_cores=loaded.is_on_cpu)
+        self._came = asyncio.Event()
         self._counted = EngineStats(kv_pages=loaded.pages)
         self._serving: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -192,6 +196,10 @@ class Engine:
         step = PendingStep(session, seq_pos, shape[0], data if ids is None else ids, now, result, since=now)
         session.step = step
         self._ready.append(step)
+        self._came.set()
+        if step.is_decode:
+            self._pressure.came(now - session.came_at)
+            session.came_at = now
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve(), name="serve steps")
         try:
@@ -243,18 +251,35 @@ class Engine:
         """One iteration after the other, as long as there are steps."""
         try:
             while self._ready:
+                await self._gather()
                 pieces = self._form()
                 if pieces:
                     self._hand_out(pieces, await self._run(pieces))
         finally:
             self._serving = None
 
+    async def _gather(self) -> None:
+        """Where many decode and what computes is busy, wait a moment for more of them."""
+        now = time.perf_counter()
+        enough = wanted(self._decoding(now))
+        if len(self._ready) >= enough or not all(step.is_decode for step in self._ready):
+            return
+        iteration = self._pace.decode_seconds(enough) or 0.0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience(self._pressure.value(now), iteration, self._pressure.cycle)):
+                while len(self._ready) < enough:
+                    self._came.clear()
+                    await self._came.wait()
+
+    def _decoding(self, now: float) -> int:
+        """Sessions whose next decode step is here or on its way."""
+        return sum(now - session.decoded_at < DECODING_SECONDS for session in self._sessions.values())
+
     def _form(self) -> list[Piece]:
         """The next iteration's pieces, with pages for all their rows."""
         now = time.perf_counter()
         alone = [step for step in self._ready if step.is_alone]
-        decoding = sum(now - session.decoded_at < DECODING_SECONDS for session in self._sessions.values())
-        rows = self._pace.prefill_rows(decoding)
+        rows = self._pace.prefill_rows(self._decoding(now))
         shares = form_batch(alone[:1] or self._ready, self._fairness, rows, now)
         return [piece for share in shares if (piece := self._piece(share)) is not None]
 
@@ -316,6 +341,7 @@ class Engine:
         self._counted.decode_tokens += decoded
         self._counted.prefill_tokens += prefilled
         self._pace.learn(decoded, prefilled, seconds)
+        self._pressure.ran(seconds)
         if self.on_batch is not None:
             self.on_batch(BatchReport(len(pieces), decoded, prefilled, seconds))
 

@@ -68,6 +68,7 @@ class LoadedSpan:
     shard_bytes: int
     embedding: Embedding | None = None
     keeps_pages: bool = True
+    is_on_cpu: bool = True
 
 
 def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedSpan:
@@ -104,6 +105,7 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         shard_bytes=_bytes_of(module),
         embedding=Embedding.open(model, precision.dtype) if span.start == 0 else None,
         keeps_pages=None not in shapes,
+        is_on_cpu=device.type == "cpu",
     )
 
 

@@ -12,7 +12,10 @@ from swarm.blocks.kv import SessionKV
 
 @dataclass(eq=False)
 class Session:
-    """One session: its KV, what it was promised, and whether it is in a running iteration."""
+    """One session: its KV, what it was promised, and whether it is in a running iteration.
+
+    `came_at` and `decoded_at` are when its last decode step came and was done.
+    """
 
     kv: SessionKV
     is_bulk: bool
@@ -20,6 +23,7 @@ class Session:
     step: "PendingStep | None" = None
     is_running: bool = False
     is_closed: bool = False
+    came_at: float = float("-inf")
     decoded_at: float = float("-inf")
 
 
