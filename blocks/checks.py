@@ -19,6 +19,7 @@ class StepForm:
     shape: tuple[int, ...]
     dtype: str
     codec: str
+    response_type: str
 
 
 def max_step_tokens(loaded: LoadedSpan) -> int:
@@ -45,7 +46,16 @@ def check_step(loaded: LoadedSpan, kv: SessionKV, step: StepForm) -> list[int] |
     return ids
 
 
+def gives_tokens(loaded: LoadedSpan, kv: SessionKV) -> bool:
+    """Whether steps of the session may ask for the token that the model finds likeliest after them."""
+    return loaded.logits is not None and kv.blocks.end == loaded.span.size
+
+
 def _fault_of_form(loaded: LoadedSpan, kv: SessionKV, step: StepForm) -> str | None:
+    if step.response_type == "token_ids" and not gives_tokens(loaded, kv):
+        return "Token ids are given by a server of the last block, for sessions that end there."
+    if step.response_type not in ("token_ids", "hidden_states"):
+        return "Steps are answered with hidden states or token ids here."
     wire_dtype, codec = loaded.precision.wire_dtype, loaded.precision.codec
     if step.dtype == "uint32":
         if loaded.embedding is None or kv.blocks.start:

@@ -95,6 +95,11 @@ class Engine:
         return self._loaded.embedding is not None
 
     @property
+    def gives_token_ids(self) -> bool:
+        """Whether steps on the last blocks may ask for the likeliest next token."""
+        return self._loaded.logits is not None
+
+    @property
     def kv_tokens_left(self) -> int:
         """Tokens that no session was promised."""
         return max(0, self._promisable - self._promised) * PAGE_TOKENS
@@ -173,11 +178,13 @@ class Engine:
         codec: str,
         *,
         page_keys: bytes = b"",
+        response_type: str = "hidden_states",
     ) -> StepResult:
         """Run hidden states [tokens, hidden], or token ids [tokens], from position `seq_pos` on.
 
         What the session held from there on is forgotten. `page_keys` name the pages that the step fills;
-        token ids name them themselves. A step that is cancelled before it runs changes nothing.
+        token ids name them themselves. With the `response_type` token_ids, the answer is the token that the
+        model finds likeliest after the last row. A step that is cancelled before it runs changes nothing.
 
         Raises:
             StepError: unknown session, a step of it that still runs, a gap before `seq_pos`, too many tokens,
@@ -189,11 +196,14 @@ class Engine:
             raise StepError("unknown_session", "This server has no such session.")
         if session.step is not None:
             raise StepError("bad_request", "The last step of this session is still running.")
-        ids = check_step(self._loaded, session.kv, StepForm(seq_pos, data, shape, dtype, codec))
+        ids = check_step(
+            self._loaded, session.kv, StepForm(seq_pos, data, shape, dtype, codec, response_type)
+        )
         if self._keeps_prefixes:
             session.kv.expect(seq_pos, ids, page_keys)
         now, result = time.perf_counter(), asyncio.get_running_loop().create_future()
         step = PendingStep(session, seq_pos, shape[0], data if ids is None else ids, now, result, since=now)
+        step.wants_token = response_type == "token_ids"
         session.step = step
         self._ready.append(step)
         self._came.set()

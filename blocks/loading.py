@@ -14,6 +14,7 @@ from swarm.blocks.batch import MAX_ROWS
 from swarm.blocks.embedding import Embedding
 from swarm.blocks.families import kv_shapes
 from swarm.blocks.forward import Forward, forward_of
+from swarm.blocks.head import Logits
 from swarm.blocks.kv import pages_of
 from swarm.blocks.memory import plan_memory
 from swarm.blocks.models import Model
@@ -56,8 +57,9 @@ class EngineConfig:
 class LoadedSpan:
     """A span that is ready to run, with so many KV `pages`.
 
-    `embedding` is there where the span begins the model. `keeps_pages` is false where blocks keep a state
-    of the whole sequence instead, which nobody can share. `shard_bytes` are those of the weights.
+    `embedding` is there where the span begins the model, `logits` where it ends it. `keeps_pages` is false
+    where blocks keep a state of the whole sequence instead, which nobody can share. `shard_bytes` are those
+    of the weights.
     """
 
     forward: Forward
@@ -67,6 +69,7 @@ class LoadedSpan:
     pages: int
     shard_bytes: int
     embedding: Embedding | None = None
+    logits: Logits | None = None
     keeps_pages: bool = True
     is_on_cpu: bool = True
 
@@ -82,7 +85,8 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
     device = choose_device(config.device)
     stored = stored_dtype(model.checkpoint, span)
     precision = choose_precision(config.dtype, device, stored, config.quantize)
-    architecture = load_config(str(model.path))
+    architecture, is_last = load_config(str(model.path)), span.end == model.num_blocks
+    head_item = (precision.linear_dtype or precision.dtype).itemsize
     plan = plan_memory(
         model,
         span,
@@ -93,6 +97,7 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         max_vram=config.max_vram,
         device=device,
         max_rows=MAX_ROWS,
+        head_bytes=is_last * architecture.vocab_size * architecture.hidden_size * head_item,
     )
     module = load_span(model, span, precision, device, on_progress)
     shapes, pages = kv_shapes(architecture, span), pages_of(plan.kv_tokens)
@@ -104,6 +109,7 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         pages=pages,
         shard_bytes=_bytes_of(module),
         embedding=Embedding.open(model, precision.dtype) if span.start == 0 else None,
+        logits=Logits.load(model, precision, device) if is_last else None,
         keeps_pages=None not in shapes,
         is_on_cpu=device.type == "cpu",
     )

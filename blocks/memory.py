@@ -98,6 +98,7 @@ def plan_memory(
     max_vram: int | None,
     device: torch.device,
     max_rows: int,
+    head_bytes: int = 0,
 ) -> MemoryPlan:
     """What `span`, whose weights files are here, will take on `device`, before anything is loaded.
 
@@ -107,6 +108,7 @@ def plan_memory(
         memory_limit: bytes of main memory for the whole process, all that it holds now included.
         max_vram: bytes of the GPU's memory for the whole process.
         max_rows: tokens in a batch, at most.
+        head_bytes: what the model's head takes beside the blocks; it counts as work space.
 
     Raises:
         InputError: the span does not fit, or not with `kv_tokens`; the message has the numbers.
@@ -115,7 +117,7 @@ def plan_memory(
     shapes = kv_shapes(config, span)
     blocks = _blocks(model, span, precision, shapes, module)
     compute = compute_bytes(config, shapes, max_rows, precision.dtype.itemsize)
-    compute += _unpacked_bytes(module, precision)
+    compute += _unpacked_bytes(module, precision) + head_bytes
     if None in shapes:
         compute += STATEFUL_SESSIONS * state_bytes(config, span, precision.dtype.itemsize)
     title = f"Blocks {span} of {model.name}"

@@ -71,7 +71,8 @@ class Model:
     def ensure_files(self, span: Span | None, with_head: bool, on_progress: OnProgress = _ignore) -> None:
         """Have the weights files that hold `span`, and those of the head if `with_head`, ready to be read.
 
-        The embeddings come along with block 0, whose server may be given token ids. Files of the hub are
+        The embeddings come along with block 0, whose server may be given token ids, and the head with the
+        last block, whose server may be asked for one. Files of the hub are
         downloaded to `path` unless they are there; no others are.
 
         Raises:
@@ -88,6 +89,7 @@ class Model:
         blocks = self.checkpoint.block_tensors(span) if span is not None else {}
         names = [name for tensors in blocks.values() for name in tensors]
         names += [self.checkpoint.embedding] if 0 in blocks else []
+        with_head = with_head or self.num_blocks - 1 in blocks
         return self.checkpoint.files_for(names + (self.checkpoint.head_tensors() if with_head else []))
 
 

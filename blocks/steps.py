@@ -41,8 +41,8 @@ class StepTimes:
 class PendingStep:
     """A step that was admitted and has no result yet. Times in seconds of a monotonic clock.
 
-    `data` are hidden states as they came, or token ids. `done` of its rows were run and gave `outputs`;
-    `since` is when it began to wait for the next ones.
+    `data` are hidden states as they came, or token ids; it may want the likeliest next token for an answer.
+    `done` of its rows were run and gave `outputs`; `since` is when it began to wait for the next ones.
     """
 
     session: Session
@@ -51,6 +51,7 @@ class PendingStep:
     data: memoryview | bytes | list[int]
     arrived: float
     result: "asyncio.Future[StepResult]"
+    wants_token: bool = False
     is_alone: bool = False
     done: int = 0
     since: float = 0.0
@@ -78,13 +79,13 @@ class PendingStep:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Hidden states after the span as wire bytes [tokens, hidden], and the milliseconds they took.
+    """Hidden states after the span as wire bytes [tokens, hidden], or a token id [1], and the time they took.
 
     `compute_ms` is the sum of the three parts after the queue.
     """
 
     data: memoryview
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     codec: str
     queue_ms: float

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,14 +29,18 @@ class OpenSession(Protocol):
     async def __call__(self, tokens: Sequence[int], *, needed: int, wished: int) -> Session: ...
 
 
+Outcome: TypeAlias = Tensor | int
+"""What a step gives of its last token: its hidden state [1, hidden], or the likeliest token after it."""
+
+
 class Begun(NamedTuple):
-    """The start of an answer: its turn, and the hidden state [1, hidden] of the prompt's last token.
+    """The start of an answer: its turn, and the outcome of the prompt's last token.
 
     `cached_tokens` of the prompt were held by the hops already.
     """
 
     turn: int
-    hidden: Tensor
+    outcome: Outcome
     cached_tokens: int
 
 
@@ -70,6 +74,7 @@ class Conversation:
         self._room = room
         self._session: Session | None = None
         self._turn = 0
+        self._likeliest = False
         self._lock = asyncio.Lock()
 
     @property
@@ -77,13 +82,16 @@ class Conversation:
         """The open session, None where there is none."""
         return self._session if self._session and self._session.is_open else None
 
-    async def begin(self, prompt: Sequence[int], max_new_tokens: int) -> Begun:
+    async def begin(self, prompt: Sequence[int], max_new_tokens: int, *, likeliest: bool = False) -> Begun:
         """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
+
+        If the `likeliest` tokens are wanted, the last hop may choose them itself, in all steps of the answer.
 
         Raises:
             InputError: the prompt is empty or leaves no room in the model's context.
         """
         self._turn += 1
+        self._likeliest = likeliest
         turn = self._turn
         if not prompt:
             raise InputError("The prompt is empty.", "Say something to the model.")
@@ -102,11 +110,8 @@ class Conversation:
                 logger.info("the kept session has ended, opening another: %s", fault)
             return await self._hold(turn, prompt, max_new_tokens)
 
-    async def append(self, turn: int, token: int, embedded: Tensor | None) -> Tensor:
+    async def append(self, turn: int, token: int, embedded: Tensor | None) -> Outcome:
         """One decode step. `embedded` [1, hidden] may be None where the session takes token ids.
-
-        Returns:
-            The hidden state [1, hidden] of `token`.
 
         Raises:
             Superseded: another answer has begun since.
@@ -132,8 +137,7 @@ class Conversation:
         start = min(_common_prefix(prompt, session.tokens), len(prompt) - 1)
         rest = list(prompt[start:])
         embedded = None if session.takes_token_ids else await self._embed(rest)
-        hidden = await self._step(session, rest, start, embedded)
-        return Begun(turn, hidden[-1:], start)
+        return Begun(turn, await self._step(session, rest, start, embedded), start)
 
     async def _embed(self, tokens: list[int]) -> Tensor:
         loop = asyncio.get_running_loop()
@@ -141,10 +145,14 @@ class Conversation:
 
     async def _step(
         self, session: Session, tokens: list[int], seq_pos: int, embedded: Tensor | None
-    ) -> Tensor:
-        hidden = await session.step(tokens, seq_pos, embedded)
+    ) -> Outcome:
+        outcome: Outcome
+        if self._likeliest and session.gives_token_ids:
+            outcome = await session.next_token(tokens, seq_pos, embedded)
+        else:
+            outcome = (await session.step(tokens, seq_pos, embedded))[-1:]
         self.stepped += len(tokens)
-        return hidden
+        return outcome
 
     async def _session_for(self, prompt: Sequence[int], tokens: int) -> Session:
         """The session; where there is none, or too small a one, another, which begins with what is kept."""

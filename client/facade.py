@@ -199,7 +199,7 @@ class Swarm:
             return await Session.open(
                 self._transport,
                 self.route(max_tokens),
-                Asked(self.model.model_id, self.model.hidden_size, max_tokens, tokens),
+                Asked(self.model.model_id, self.model.hidden_size, self.model.vocab_size, max_tokens, tokens),
                 secret=self._secret,
                 on_fault=self._routes.judge,
                 deadlines=self._deadlines,

@@ -1,7 +1,8 @@
 """Generation: from a prompt's tokens to an answer's text, token by token.
 
 Owns when an answer ends and what is reported of it. The conversation moves hidden states; embeddings,
-head and sampling run on one compute thread, in one trip a token.
+head and sampling run on one compute thread, in one trip a token. Where the likeliest token is wanted, and
+the last hop tells it, none of these is needed.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from swarm.client.conversation import Conversation, Ends
+from swarm.client.conversation import Conversation, Ends, Outcome
 from swarm.client.leg import HopTimes
 from swarm.client.options import GenerationOptions
 from swarm.client.route import Hop
@@ -153,31 +154,40 @@ class TextStream:
     async def _write(self) -> AsyncGenerator[str, None]:
         loop, answer, conversation = asyncio.get_running_loop(), self._answer, self._conversation
         clock = _Clock(self._now())
-        turn, hidden, cached_tokens = await conversation.begin(answer.prompt, answer.options.max_new_tokens)
+        turn, outcome, cached_tokens = await conversation.begin(
+            answer.prompt, answer.options.max_new_tokens, likeliest=self._sampler.takes_likeliest
+        )
         session = conversation.session
         assert session is not None
         session.reset_times()
+        choose: Callable[[Outcome], tuple[int, Tensor | None]]
         choose = self._choose if session.takes_token_ids else self._choose_and_embed
+        embedded: Tensor | None
         while answer.finish_reason is None:
-            token, embedded = await loop.run_in_executor(self._compute, choose, hidden)
+            if isinstance(outcome, int) and session.takes_token_ids:
+                token, embedded = outcome, None
+            else:
+                token, embedded = await loop.run_in_executor(self._compute, choose, outcome)
             clock.tick(self._now())
             if piece := answer.push(token, conversation.has_room(answer.length + 2)):
                 yield piece
             if answer.finish_reason is None:
-                hidden = await conversation.append(turn, token, embedded)
+                outcome = await conversation.append(turn, token, embedded)
         if piece := answer.flush():
             yield piece
         route = tuple(HopReport.of(hop, times) for hop, times in session.times())
         self.generation = answer.generation(clock, route, cached_tokens)
         self._on_end(self.generation)
 
-    def _choose(self, hidden: Tensor) -> tuple[int, None]:
+    def _choose(self, outcome: Outcome) -> tuple[int, None]:
         """The next token, which needs no embedding; runs on the compute thread."""
-        return self._sampler.choose(self._answer.tokens, self._ends.logits(hidden)[-1]), None
+        if isinstance(outcome, int):
+            return outcome, None
+        return self._sampler.choose(self._answer.tokens, self._ends.logits(outcome)[-1]), None
 
-    def _choose_and_embed(self, hidden: Tensor) -> tuple[int, Tensor]:
+    def _choose_and_embed(self, outcome: Outcome) -> tuple[int, Tensor]:
         """The next token and its embedding [1, hidden]; runs on the compute thread."""
-        token, _ = self._choose(hidden)
+        token, _ = self._choose(outcome)
         return token, self._ends.embed(torch.tensor([token]))
 
 

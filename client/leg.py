@@ -74,12 +74,13 @@ class Asked:
 
     model_id: str
     hidden_size: int
+    vocab_size: int
     max_tokens: int
     tokens: Sequence[int]
 
 
 class Wired(NamedTuple):
-    """Hidden states of `shape` [tokens, hidden] as a hop sent them."""
+    """Hidden states of `shape` [tokens, hidden], or one token id [1], as a hop sent them."""
 
     data: memoryview
     shape: tuple[int, ...]
@@ -112,6 +113,11 @@ class Chunk:
         assert self.hidden is not None, "these are still tokens"
         return from_wire(*self.hidden) if isinstance(self.hidden, Wired) else self.hidden
 
+    def token(self) -> int:
+        """The token that the last hop finds likeliest after these."""
+        assert isinstance(self.hidden, Wired), "no hop was asked yet"
+        return int.from_bytes(self.hidden.data, "little")
+
     def bytes_as(self, dtype: Dtype, codec: Codec) -> memoryview:
         """The hidden states as a hop takes them, which may be as the hop before gave them."""
         if isinstance(self.hidden, Wired) and (self.hidden.dtype, self.hidden.codec) == (dtype, codec):
@@ -131,7 +137,7 @@ class Leg:
         self._deadlines = deadlines
         self._clock = clock
         self._session_id = secrets.token_hex(16)
-        self._hidden_size = 0
+        self._hidden_size = self._vocab_size = 0
         self._calls: MessageStream | None = None
 
     @property
@@ -162,17 +168,19 @@ class Leg:
         if answer.held > len(keys) // KEY_BYTES * PAGE_TOKENS:
             raise RemoteFault(hop, "says it holds more of a new session than it was asked for")
         self.opened = answer
-        self._hidden_size = asked.hidden_size
+        self._hidden_size, self._vocab_size = asked.hidden_size, asked.vocab_size
 
-    async def run(self, chunk: Chunk) -> Chunk:
+    async def run(self, chunk: Chunk, wants_token: bool = False) -> Chunk:
         """One step, repeated as long as the hop asks to wait and the deadline allows.
+
+        With `wants_token` the hop, which `opened` must say so, answers with the likeliest next token.
 
         Raises:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._deadlines.for_step(chunk.count)
-        step, body = self._step(chunk)
+        step, body = self._step(chunk, "token_ids" if wants_token else "hidden_states")
         while True:
             try:
                 return await self._run_once(chunk, step, body, deadline - loop.time())
@@ -182,10 +190,14 @@ class Leg:
                 await asyncio.sleep(busy.retry_after)
 
     async def run_all(
-        self, source: "asyncio.Queue[Chunk]", target: "asyncio.Queue[Chunk]", count: int
+        self,
+        source: "asyncio.Queue[Chunk]",
+        target: "asyncio.Queue[Chunk]",
+        count: int,
+        wants_token: bool = False,
     ) -> None:
         for _ in range(count):
-            await target.put(await self.run(await source.get()))
+            await target.put(await self.run(await source.get(), wants_token))
 
     async def close(self) -> None:
         """Say goodbye, so that the hop frees its memory at once; it will anyway when the stream ends."""
@@ -202,14 +214,14 @@ class Leg:
         if self._calls is not None:
             self._calls.close()
 
-    def _step(self, chunk: Chunk) -> tuple[Step, bytes | memoryview]:
+    def _step(self, chunk: Chunk, response_type: ResponseType) -> tuple[Step, bytes | memoryview]:
         """The message and the body that bring `chunk` to this hop, with the names of the pages it fills."""
         if self.takes_token_ids:
             ids = Step(
                 session_id=self._session_id,
                 seq_pos=chunk.start,
                 payload_type="token_ids",
-                response_type="hidden_states",
+                response_type=response_type,
                 shape=(chunk.count,),
                 dtype="uint32",
             )
@@ -219,7 +231,7 @@ class Leg:
             session_id=self._session_id,
             seq_pos=chunk.start,
             payload_type="hidden_states",
-            response_type="hidden_states",
+            response_type=response_type,
             shape=(chunk.count, self._hidden_size),
             dtype=dtype,
             codec=codec,
@@ -229,7 +241,7 @@ class Leg:
 
     async def _run_once(self, chunk: Chunk, step: Step, body: bytes | memoryview, remaining: float) -> Chunk:
         assert self._calls is not None
-        expected = self._expected(chunk)
+        expected = self._expected(chunk, step.response_type)
         started = self._clock()
         with blaming(self.hop):
             answer, data = await self._calls.call(
@@ -241,8 +253,16 @@ class Leg:
         hidden = Wired(data, result.shape, result.dtype, result.codec)
         return Chunk(chunk.tokens, chunk.start, chunk.end, hidden)
 
-    def _expected(self, chunk: Chunk) -> Result:
+    def _expected(self, chunk: Chunk, response_type: ResponseType) -> Result:
         """What the hop must answer, its times aside."""
+        if response_type == "token_ids":
+            return Result(
+                session_id=self._session_id,
+                seq_pos=chunk.start,
+                response_type=response_type,
+                shape=(1,),
+                dtype="uint32",
+            )
         return Result(
             session_id=self._session_id,
             seq_pos=chunk.start,
@@ -256,7 +276,10 @@ class Leg:
         """The result, if it is what was asked for, and numbers: hops keep what comes of it."""
         if not isinstance(result, Result) or _form(result) != _form(expected):
             raise RemoteFault(self.hop, "answered a step with a result of another shape or kind")
-        if not is_finite(body, result.shape, result.dtype, result.codec):
+        if result.response_type == "token_ids":
+            if int.from_bytes(body, "little") >= self._vocab_size:
+                raise RemoteFault(self.hop, "answered with a token that the model does not have")
+        elif not is_finite(body, result.shape, result.dtype, result.codec):
             raise RemoteFault(self.hop, "answered with values that are not numbers")
         return result
 

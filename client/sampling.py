@@ -31,6 +31,11 @@ class Sampler:
         else:
             self._random.manual_seed(options.seed)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether it always chooses the likeliest token, whatever the tokens before."""
+        return self._options.is_greedy and not self._processors
+
     def choose(self, tokens: list[int], logits: Tensor) -> int:
         """The token after `tokens` (prompt included) for float32 logits [vocabulary]."""
         if self._processors:

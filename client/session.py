@@ -85,6 +85,11 @@ class Session:
         """Whether steps need no hidden states, since the first hop embeds tokens itself."""
         return self._legs[0].takes_token_ids
 
+    @property
+    def gives_token_ids(self) -> bool:
+        """Whether the last hop tells the likeliest next token itself."""
+        return self._legs[-1].opened.gives_token_ids
+
     async def step(self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None) -> Tensor:
         """Run `tokens` from position `seq_pos` on through all hops, forgetting what was there and after.
 
@@ -97,6 +102,16 @@ class Session:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`; the session has ended.
             ValueError: the session has ended before, or the positions do not fit it.
         """
+        results = [chunk.states() for chunk in await self._run(tokens, seq_pos, hidden)]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    async def next_token(self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None) -> int:
+        """`step`, answered by the last hop with the likeliest token after `tokens`, if `gives_token_ids`."""
+        return (await self._run(tokens, seq_pos, hidden, wants_token=True))[-1].token()
+
+    async def _run(
+        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None, wants_token: bool = False
+    ) -> Sequence[Chunk]:
         end = seq_pos + len(tokens)
         if not self.is_open:
             raise ValueError("the session has ended")
@@ -111,8 +126,9 @@ class Session:
         self._tokens[seq_pos:] = tokens
         with self._ending_on_failure():
             chunks = self._chunks(seq_pos, end, hidden)
-            results = await (self._pass(chunks[0]) if len(chunks) == 1 else self._pipeline(chunks))
-        return results[0] if len(results) == 1 else torch.cat(results)
+            if len(chunks) == 1:
+                return [await self._pass(chunks[0], wants_token)]
+            return await self._pipeline(chunks, wants_token)
 
     def reset_times(self) -> None:
         for leg in self._legs:
@@ -146,20 +162,26 @@ class Session:
         allowed = min(leg.opened.max_step_tokens for leg in self._legs)
         return min(allowed, PREFILL_CHUNK) if len(self._legs) > 1 else allowed
 
-    async def _pass(self, chunk: Chunk) -> list[Tensor]:
-        for leg in self._legs:
+    async def _pass(self, chunk: Chunk, wants_token: bool) -> Chunk:
+        *before, last = self._legs
+        for leg in before:
             chunk = await leg.run(chunk)
-        return [chunk.states()]
+        return await last.run(chunk, wants_token)
 
-    async def _pipeline(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+    async def _pipeline(self, chunks: Sequence[Chunk], wants_token: bool) -> Sequence[Chunk]:
         """All chunks through all hops, each hop working on the next chunk as soon as it has passed one on."""
         first: asyncio.Queue[Chunk] = asyncio.Queue(len(chunks))
         for chunk in chunks:
             first.put_nowait(chunk)
         queues = [first, *(asyncio.Queue[Chunk](len(chunks)) for _ in self._legs)]
         hand_overs = zip(self._legs, queues, queues[1:], strict=False)
-        await concurrently(*(leg.run_all(source, target, len(chunks)) for leg, source, target in hand_overs))
-        return [queues[-1].get_nowait().states() for _ in chunks]
+        await concurrently(
+            *(
+                leg.run_all(source, target, len(chunks), wants_token and leg is self._legs[-1])
+                for leg, source, target in hand_overs
+            )
+        )
+        return [queues[-1].get_nowait() for _ in chunks]
 
     @contextmanager
     def _ending_on_failure(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarm.blocks.errors import NoCapacity, StepError
-from swarm.net.messages import Codec, Dtype, Priority
+from swarm.net.messages import Codec, Dtype, Priority, ResponseType
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 from swarm.server.span_engine import BatchReport
 from swarm.spans import Span
@@ -57,6 +57,7 @@ class FakeEngine:
     failure: Exception | None = None
     precision: FakePrecision = FakePrecision()
     takes_token_ids: bool = False
+    gives_token_ids: bool = False
     shard_bytes: int = 1_000_000
     queue: int = 0
     is_closed: bool = False
@@ -103,6 +104,7 @@ class FakeEngine:
         codec: str,
         *,
         page_keys: bytes = b"",
+        response_type: ResponseType = "hidden_states",
     ) -> FakeResult:
         failure, self.failure = self.failure, None
         if failure is not None:
@@ -120,6 +122,9 @@ class FakeEngine:
             shape = (shape[0], HIDDEN)
         else:
             values = [value + 1 for value in array("f", data.tobytes())]
+        if response_type == "token_ids":
+            token = memoryview(array("I", [int(max(values[-HIDDEN:]))])).cast("B")
+            return FakeResult(token, (1,), "uint32", "raw")
         return FakeResult(memoryview(array("f", values)).cast("B"), shape)
 
     def close_session(self, session_id: str) -> None:

@@ -324,6 +324,7 @@ async def toy_swarm(
         model_id=MODEL_ID,
         num_blocks=NUM_BLOCKS,
         hidden_size=HIDDEN,
+        vocab_size=EOS + 1,
         config={"max_position_embeddings": context},
     )
 

@@ -71,7 +71,7 @@ class Opened(Message, frozen=True, tag="opened"):
     """The session exists. Activations travel as `dtype` with `codec`, at most `max_step_tokens` a step.
 
     It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
-    bring token ids instead of hidden states if `takes_token_ids`.
+    bring token ids instead of hidden states if `takes_token_ids`, and ask for one if `gives_token_ids`.
     """
 
     session_id: SessionId
@@ -80,12 +80,14 @@ class Opened(Message, frozen=True, tag="opened"):
     max_step_tokens: Count
     held: Position = 0
     takes_token_ids: bool = False
+    gives_token_ids: bool = False
 
 
 class Step(Message, frozen=True, tag="step"):
     """Run `shape[0]` tokens from position `seq_pos` on, forgetting what the session held from there.
 
-    Token ids are u32 in the shape [tokens]. `page_keys` name the pages that the step fills, in order, so
+    Token ids are u32 in the shape [tokens]; the one that is asked for is the likeliest after the last row,
+    in the shape [1]. `page_keys` name the pages that the step fills, in order, so
     that they can be found again; empty where they need not be, or where the tokens tell.
     """
 

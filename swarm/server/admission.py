@@ -40,7 +40,8 @@ class Offer:
 class Terms:
     """What was agreed on when a session was opened, and how many tokens it holds by now.
 
-    Steps may bring token ids instead of hidden states if `takes_token_ids`.
+    Steps may bring token ids instead of hidden states if `takes_token_ids`, and ask for one if
+    `gives_token_ids`.
     """
 
     session_id: str
@@ -50,6 +51,7 @@ class Terms:
     codec: Codec
     max_step_tokens: int
     takes_token_ids: bool = False
+    gives_token_ids: bool = False
     length: int = 0
 
     @property
@@ -99,8 +101,10 @@ def refusal(code: ErrorCode, message: str, retry_after: float | None = None) -> 
 
 
 def _fault_of_form(step: Step, body: int, terms: Terms) -> str | None:
-    if step.response_type != "hidden_states":
-        return "This server gives hidden states only: apply the head on the client."
+    if step.response_type == "logits":
+        return "This server gives no logits: apply the head on the client."
+    if step.response_type == "token_ids" and not terms.gives_token_ids:
+        return "This session gives hidden states only: apply the head on the client."
     brings_ids = step.payload_type == "token_ids"
     fault = _fault_of_ids(step, terms) if brings_ids else _fault_of_hidden_states(step, terms)
     if fault is None and body != body_bytes(step):

@@ -164,6 +164,7 @@ class Sessions:
             max_step_tokens=terms.max_step_tokens,
             held=held,
             takes_token_ids=terms.takes_token_ids,
+            gives_token_ids=terms.gives_token_ids,
         )
 
     async def _on_step(self, seat: Seat, step: Step, body: memoryview) -> Answer:
@@ -203,6 +204,7 @@ class Sessions:
             step.dtype,
             step.codec,
             page_keys=step.page_keys,
+            response_type=step.response_type,
         )
         try:
             return await seat.run(running)
@@ -244,6 +246,7 @@ class Sessions:
             codec=engine.precision.codec,
             max_step_tokens=engine.max_step_tokens,
             takes_token_ids=engine.takes_token_ids and asked.start == 0,
+            gives_token_ids=engine.gives_token_ids and asked.end == self._cell.span.end,
             length=held,
         )
 
@@ -271,7 +274,7 @@ def _result(step: Step, done: StepOutcome) -> Result:
     return Result(
         session_id=step.session_id,
         seq_pos=step.seq_pos,
-        response_type="hidden_states",
+        response_type=step.response_type,
         shape=done.shape,
         dtype=done.dtype,
         codec=done.codec,

@@ -6,7 +6,7 @@ Fixes the words between hosting and computing, so that neither imports the other
 from collections.abc import Callable
 from typing import Protocol
 
-from swarm.net.messages import Codec, Dtype, Priority
+from swarm.net.messages import Codec, Dtype, Priority, ResponseType
 from swarm.spans import Span
 
 
@@ -85,6 +85,8 @@ class SpanEngine(Protocol):
     @property
     def takes_token_ids(self) -> bool: ...
     @property
+    def gives_token_ids(self) -> bool: ...
+    @property
     def kv_tokens_left(self) -> int: ...
     @property
     def queue(self) -> int: ...
@@ -121,10 +123,12 @@ class SpanEngine(Protocol):
         codec: str,
         *,
         page_keys: bytes = b"",
+        response_type: ResponseType = "hidden_states",
     ) -> StepOutcome:
         """Run hidden states [tokens, hidden], or ids [tokens] where `dtype` is uint32, from `seq_pos` on.
 
-        `page_keys` name the pages that it fills. Raises NoCapacity, StepError.
+        `page_keys` name the pages that it fills; token_ids as `response_type` asks for the likeliest next
+        token. Raises NoCapacity, StepError.
         """
         ...
 

@@ -62,7 +62,7 @@ async def test_second_chat_turn_in_a_new_session_steps_only_what_is_new() -> Non
         begun = await conversation.begin(turn, 8)
         assert begun.cached_tokens == 128
         assert conversation.stepped == len(turn) - 128
-        assert begun.hidden.tolist() == [[12, 6, sum(turn), len(turn)]]
+        assert begun.outcome.tolist() == [[12, 6, sum(turn), len(turn)]]
         await conversation.close()
 
 

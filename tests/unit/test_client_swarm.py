@@ -113,7 +113,7 @@ async def test_same_prompt_again_steps_its_last_token() -> None:
     async with toy_swarm(THREE) as toy:
         conversation = toy.swarm.conversation()
         for _ in range(2):
-            hidden = (await conversation.begin(PROMPT, 1)).hidden
+            hidden = (await conversation.begin(PROMPT, 1)).outcome
             assert hidden.tolist() == [[PROMPT[-1], 6, sum(PROMPT), len(PROMPT)]]
         assert toy["a"].steps == [(0, 19), (18, 1)]
         await conversation.close()

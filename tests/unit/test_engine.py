@@ -284,3 +284,35 @@ async def test_a_session_runs_one_step_at_a_time(llama: tuple[Model, Any]) -> No
             await step(engine, "s", 0, torch.randn(3, 32))
         assert (await first).shape == (3, 32)
         engine.close_session("s")
+
+
+async def test_the_last_block_tells_the_likeliest_token(llama: tuple[Model, Any]) -> None:
+    """Greedy answers by token ids in and out alone, of sessions that share batches."""
+    model, reference = llama
+    rng = random.Random(2)
+    async with engine_of(model) as engine, engine_of(model, Span(0, 5)) as first:
+
+        async def live(name: str, prompt: list[int]) -> None:
+            engine.open_session(name, WHOLE, 120)
+            answer: list[int] = []
+            tokens, seq_pos = prompt, 0
+            while len(answer) < 10:
+                data = torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()
+                done = await engine.step(
+                    name, seq_pos, data, (len(tokens),), "uint32", "raw", response_type="token_ids"
+                )
+                assert (done.dtype, done.shape) == ("uint32", (1,))
+                seq_pos += len(tokens)
+                tokens = [int.from_bytes(done.data, "little")]
+                answer += tokens
+            engine.close_session(name)
+            assert answer == greedy(reference, prompt, 10)
+
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(4):
+                tasks.create_task(live(str(i), random_prompt(rng)))
+        first.open_session("s", first.span, 40)
+        data = torch.tensor([5], dtype=torch.int32).numpy().tobytes()
+        with pytest.raises(StepError, match="last block"):
+            await first.step("s", 0, data, (1,), "uint32", "raw", response_type="token_ids")
+        first.close_session("s")

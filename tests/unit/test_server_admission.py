@@ -70,7 +70,7 @@ def test_opening_is_refused(
     [
         ({"session_id": "1" * 32}, 24, "unknown_session", "no such session"),
         ({"payload_type": "token_ids"}, 24, "bad_request", "hidden states only"),
-        ({"response_type": "logits"}, 24, "bad_request", "hidden states only"),
+        ({"response_type": "logits"}, 24, "bad_request", "no logits"),
         ({"response_type": "token_ids"}, 24, "bad_request", "hidden states only"),
         ({"shape": (6,)}, 24, "bad_request", r"\[tokens, 3\]"),
         ({"shape": (2, 4)}, 32, "bad_request", r"\[tokens, 3\]"),
