@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -105,7 +106,8 @@ class ToyServer:
     """Serves a span as told by its fields, and remembers what it was asked.
 
     `refuse` answers opens, `refuse_steps` the next steps, `spoil` changes what a step gives, `before_step`
-    is awaited before each; `claims` is what it says it holds, whatever it does.
+    is awaited before each; `claims` is what it says it holds, whatever it does. A server of the last block
+    that `tells` answers with that token where it is asked for one.
     """
 
     network: MemoryNetwork
@@ -116,6 +118,7 @@ class ToyServer:
     max_step_tokens: int = 64
     takes_token_ids: bool = True
     claims: int | None = None
+    tells: NextToken | None = None
     refuse: list[messages.Error] = field(default_factory=list)
     refuse_steps: list[messages.Error] = field(default_factory=list)
     spoil: Callable[[Tensor], Tensor] | None = None
@@ -212,13 +215,19 @@ class ToyServer:
         answer = Result(
             session_id=step.session_id,
             seq_pos=step.seq_pos,
-            response_type="hidden_states",
+            response_type=step.response_type,
             shape=tuple(out.shape),
             dtype=self.dtype,
             codec=self.codec,
             queue_ms=1.0,
             compute_ms=2.0,
         )
+        if step.response_type == "token_ids":
+            assert self.tells is not None, "tokens are asked of who said that it tells them"
+            token = self.tells(int(out[-1, 2]), int(out[-1, 3]))
+            answer = msgspec.structs.replace(answer, shape=(1,), dtype="uint32", codec="raw")
+            await calls.send(answer, token.to_bytes(4, "little"))
+            return
         await calls.send(answer, bytes(to_wire(out, self.dtype, self.codec)))
 
     def _hidden(self, step: Step, body: memoryview, session: "ToySession") -> Tensor:
@@ -260,6 +269,7 @@ class ToyServer:
             max_step_tokens=self.max_step_tokens,
             held=session.held if self.claims is None else self.claims,
             takes_token_ids=session.takes_token_ids,
+            gives_token_ids=self.tells is not None,
         )
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 
 from swarm.client.facade import Swarm
+from swarm.client.faults import RemoteFault
 from swarm.client.generation import Generation
 from swarm.client.options import GenerationOptions
 from swarm.client.page_chain import PageChain, chain_for
@@ -22,7 +23,7 @@ from swarm.net.transport import PeerId
 from swarm.net.virtual_time import in_virtual_time
 from swarm.page_keys import KEY_BYTES, page_keys
 from swarm.spans import Span
-from tests.toy_swarm import Toy, toy_swarm
+from tests.toy_swarm import EOS, Toy, letters, toy_swarm
 
 THREE = {"a": Span(0, 2), "b": Span(2, 4), "c": Span(4, 6)}
 SYSTEM = [65 + at % 26 for at in range(70)]
@@ -276,3 +277,28 @@ def test_the_secret_of_an_identity_is_stable_and_its_own(tmp_path: object) -> No
     others = {mine.secret("page keys"), mine.secret("else"), Identity.generate().secret("page keys")}
     assert len(others) == 3
     assert all(len(secret) == 32 for secret in others)
+
+
+@in_virtual_time
+async def test_the_last_hop_tells_the_likeliest_token_where_that_is_wanted() -> None:
+    async with toy_swarm(THREE) as toy:
+        toy["c"].tells = letters
+        logits: list[int] = []
+        apply_head = toy.ends.logits
+        toy.ends.logits = lambda hidden: logits.append(len(hidden)) or apply_head(hidden)  # type: ignore[method-assign, func-returns-value]
+        assert_exact(toy, SYSTEM, await answer(toy.swarm, SYSTEM))
+        assert not logits, "the client has no need of its head"
+        assert {step.response_type for step in toy["c"].received} == {"token_ids"}
+        assert {step.response_type for step in toy["b"].received} == {"hidden_states"}
+        toy["c"].received.clear()
+        stream = toy.swarm.conversation()
+        await stream.begin(SYSTEM, 4)
+        assert {step.response_type for step in toy["c"].received} == {"hidden_states"}
+
+
+@in_virtual_time
+async def test_a_token_that_the_model_does_not_have_is_a_fault() -> None:
+    async with toy_swarm(THREE) as toy:
+        toy["c"].tells = lambda total, count: EOS + 1
+        with pytest.raises(RemoteFault, match="does not have"):
+            await answer(toy.swarm, SYSTEM)

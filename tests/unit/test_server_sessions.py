@@ -602,3 +602,26 @@ async def test_ending_the_server_at_any_time_frees_everything(at: float) -> None
         await asyncio.sleep(at)
     with pytest.raises(Exception):  # noqa: B017, PT011 - the stream, the peer: whatever is lost first
         await talking
+
+
+@pytest.mark.parametrize(
+    ("end", "gives_ids", "expected"), [(4, True, True), (3, True, False), (4, False, False)]
+)
+@in_virtual_time
+async def test_a_token_is_given_after_the_last_block_by_an_engine_that_can(
+    end: int, gives_ids: bool, expected: bool
+) -> None:
+    async with hosting() as host:
+        host.engine.gives_token_ids = gives_ids
+        client = await host.client()
+        opened = await ask(client, opening(end=end))
+        assert opened.gives_token_ids == expected
+        step = stepping(0, 2, response_type="token_ids")
+        values = array("f", [1.0] * 5 + [41.0]).tobytes()
+        if not expected:
+            assert (await refusal(client, step, values)).code == "bad_request"
+            return
+        result, body = await client.call(step, values, timeout=5, max_body=100)
+        assert isinstance(result, Result)
+        assert (result.response_type, result.dtype, result.shape) == ("token_ids", "uint32", (1,))
+        assert array("I", body.tobytes()).tolist() == [42]
