@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.passages import Passage, Question
+from benchmarks.passages import FAMILY, Passage, Question
 from swarm.client.conversation import Conversation
 from swarm.client.facade import Swarm
 from swarm.client.options import GenerationOptions
@@ -25,6 +25,9 @@ from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.messages import Close, Open, Opened, Step
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
+
+ROOM = 320
+"""Tokens of a session that lasts for a whole conversation: the longest passages fit."""
 
 WAIT = 30.0
 """Seconds that the intruder waits for an answer at most."""
@@ -78,15 +81,22 @@ class Guest:
     def _question(self) -> Question:
         return self._rng.choice(self._passages).question(self._rng)
 
+    def _questions(self) -> list[Question]:
+        """Some that begin alike, as a rule."""
+        family = FAMILY * self._rng.randrange(-(-len(self._passages) // FAMILY))
+        alike = self._passages[family : family + FAMILY]
+        count = self._rng.randint(2, 5)
+        return [self._rng.choice(alike).question(self._rng) for _ in range(count - 1)] + [self._question()]
+
     async def _ask_once(self) -> None:
         await self._ask(self._question())
 
     async def _converse(self) -> None:
         """Some questions in one conversation: each rolls the session back to where the last one differs."""
-        conversation = self._client.conversation()
+        conversation = self._client.conversation(room=self._rng.choice((0, ROOM, ROOM)))
         try:
-            for _ in range(self._rng.randint(2, 4)):
-                await self._ask(self._question(), conversation)
+            for question in self._questions():
+                await self._ask(question, conversation)
                 await asyncio.sleep(self._rng.choice((0, 0, 0.5)))
         finally:
             if conversation.session and self._rng.random() < 0.3:
@@ -168,12 +178,15 @@ class Intruder:
         """Requests that break the rules, each of which must be refused with its code."""
         calls, server = await self._reach()
         await self._refused(calls, self._asked(server, self._kv_tokens + PAGE_TOKENS), "no_capacity")
-        asked = self._asked(server, 2 * PAGE_TOKENS)
-        await self._refused(calls, self._step(asked, 0, 1), "unknown_session")
+        asked = self._asked(server, PAGE_TOKENS)
         opened = await self._opened(calls, asked)
+        await self._refused(calls, self._asked(server, PAGE_TOKENS), "bad_request")
+        await self._refused(calls, self._step(self._asked(server, 1), 0, 1, opened), "unknown_session")
         await self._refused(calls, self._step(asked, 1, 1, opened), "bad_request")
-        await self._refused(calls, self._step(asked, 0, 2 * PAGE_TOKENS + 1, opened), "bad_request")
         await self._refused(calls, self._step(asked, 0, 1, opened, width=3), "bad_request")
+        step, body = self._step(asked, 0, 1, opened)
+        await calls.call(step, body, timeout=WAIT, max_body=len(body))
+        await self._refused(calls, self._step(asked, 1, PAGE_TOKENS, opened), "bad_request")
 
     async def _crowd(self) -> None:
         """Take all the room there is, and hold it for a moment."""
@@ -246,11 +259,10 @@ class Intruder:
         )
 
     def _step(
-        self, asked: Open, seq_pos: int, tokens: int, opened: Opened | None = None, width: int | None = None
+        self, asked: Open, seq_pos: int, tokens: int, opened: Opened, width: int | None = None
     ) -> tuple[Step, bytes]:
         """Noise for `tokens` positions from `seq_pos` on, naming the pages that it fills."""
         hidden = torch.randn(tokens, width or self._hidden_size)
-        dtype, codec = (opened.dtype, opened.codec) if opened else ("float32", "raw")
         pages = (seq_pos + tokens) // PAGE_TOKENS - seq_pos // PAGE_TOKENS
         step = Step(
             session_id=asked.session_id,
@@ -258,11 +270,11 @@ class Intruder:
             payload_type="hidden_states",
             response_type="hidden_states",
             shape=tuple(hidden.shape),
-            dtype=dtype,
-            codec=codec,
+            dtype=opened.dtype,
+            codec=opened.codec,
             page_keys=os.urandom(KEY_BYTES * pages),
         )
-        return step, bytes(to_wire(hidden, dtype, codec))
+        return step, bytes(to_wire(hidden, opened.dtype, opened.codec))
 
     async def _opened(self, calls: MessageStream, asked: Open) -> Opened:
         answer, _ = await calls.call(asked, timeout=WAIT)
@@ -271,12 +283,11 @@ class Intruder:
 
     async def _refused(self, calls: MessageStream, what: Open | tuple[Step, bytes], code: str) -> None:
         message, body = what if isinstance(what, tuple) else (what, b"")
+        given = "a result"
         try:
             await calls.call(message, body, timeout=WAIT, max_body=2**24)
         except Refused as refused:
             given = refused.error.code
-        else:
-            given = "admitted"
         self._tally.counts["refusals checked"] += 1
         if given != code:
             self._tally.fault("wrong refusals", f"A request was answered with {given} instead of {code}.")

@@ -14,7 +14,9 @@ CLEAR_LEAD = 1e-3
 """Logits by which each token of an answer leads; float32 sums in another order differ by a tenth of it."""
 
 SHORTEST_ANSWER = 8
-PREFIXES = 3
+FAMILY = 4
+"""Passages that begin alike."""
+
 PREFIX_TOKENS = 33, 160
 OWN_TOKENS = 5, 60
 """Fewest and most tokens of the beginnings that passages share, and of what each has for itself."""
@@ -44,11 +46,11 @@ class Passage:
 def draw_passages(
     reference: Reference, text: Sequence[int], rng: random.Random, count: int, answer_tokens: int
 ) -> list[Passage]:
-    """`count` passages cut from `text`, with answers of at most `answer_tokens` tokens."""
-    prefixes = [_cut(text, rng, PREFIX_TOKENS) for _ in range(PREFIXES)]
+    """`count` passages cut from `text`, family by family, with answers of at most `answer_tokens` tokens."""
+    prefixes = [_cut(text, rng, PREFIX_TOKENS) for _ in range(0, count, FAMILY)]
     passages: list[Passage] = []
     while len(passages) < count:
-        prompt = prefixes[len(passages) % PREFIXES] + _cut(text, rng, OWN_TOKENS)
+        prompt = prefixes[len(passages) // FAMILY] + _cut(text, rng, OWN_TOKENS)
         _, answer = reference.generate(prompt, answer_tokens)
         clear = clear_tokens(reference, prompt, answer)
         if clear >= SHORTEST_ANSWER:

@@ -52,7 +52,7 @@ class Soak:
     seed: int = 0
     model: str = "smollm2-135m"
     guests: int = 4
-    kv_tokens: int = 1024
+    kv_tokens: int = 2048
     passages: int = 24
     answer_tokens: int = 48
     quiet_period: float = 60.0
@@ -116,7 +116,7 @@ class Watch:
 
 
 async def run(soak: Soak, logs: Path) -> dict[str, Any]:
-    """The summary of a whole run; `broken` lists the rules that did not hold. Servers log to folder `logs`."""
+    """The summary of a whole run, with the rules that were `broken`; servers log to the folder `logs`."""
     model = await asyncio.to_thread(resolve, soak.model)
     passages = await asyncio.to_thread(_passages, model, soak)
     _say(f"{len(passages)} passages, seed {soak.seed}")
@@ -141,23 +141,25 @@ async def _visit(model: Model, passages: list[Passage], soak: Soak, watch: Watch
             )
             for _ in range(soak.guests)
         ]
-        guests = [
+        visitors: list[Guest | Intruder] = [
             Guest(f"guest {number}", client, passages, tally, str(soak.seed))
             for number, client in enumerate(clients)
         ]
-        intruder = Intruder(
-            addresses,
-            model.hidden_size,
-            int(min(watch.room)),
-            lambda: clients[0].directory.announcements,
-            tally,
-            str(soak.seed),
+        visitors.append(
+            Intruder(
+                addresses,
+                model.hidden_size,
+                int(min(watch.room)),
+                lambda: clients[0].directory.announcements,
+                tally,
+                str(soak.seed),
+            )
         )
         async with asyncio.TaskGroup() as tasks:
             sampling = tasks.create_task(watch.sample(), name="sample memory")
             lives = [
                 tasks.create_task(_live(visitor.act, gate, random.Random(f"{soak.seed} {number}"), until))
-                for number, visitor in enumerate((*guests, intruder))
+                for number, visitor in enumerate(visitors)
             ]
             while not all(life.done() for life in lives):
                 await asyncio.wait(lives, timeout=soak.quiet_period)
@@ -205,13 +207,14 @@ def _summary(soak: Soak, watch: Watch, tally: Tally, refusals: list[dict[str, fl
     }
 
 
-def _grown(memory: dict[str, dict[str, dict[str, float]]], allowed: float) -> list[str]:
+def _grown(memory: dict[str, dict[str, dict[str, Any]]], allowed: float) -> list[str]:
+    """Resident memory alone is judged: the proportional one changes with what other processes share."""
     return [
         f"{kind} of {name} grew: {figure} {sizes[figure]:.1%} of {sizes['mean_mib']:.0f} MiB"
         for name, kinds in memory.items()
         for kind, sizes in kinds.items()
         for figure in ("fitted", "highest")
-        if kind != "daemon_rss" and sizes[figure] > allowed
+        if kind == "rss" and sizes[figure] > allowed
     ]
 
 

@@ -36,9 +36,11 @@ from benchmarks.clients import Answer, ClientProcess, joined_clients
 from benchmarks.processor_time import DAEMON, MAIN, OTHERS, per_token, seconds_used
 from benchmarks.reference import REFERENCE, Reference
 from benchmarks.servers import Servers, even_spans, serving
+from benchmarks.watch import metrics_of
 from swarm.blocks.models import Model, resolve
 
 SERVERS = 3
+BATCH_STEPS, BATCHES = "swarm_batch_steps_sum", "swarm_batch_steps_count"
 SHORTEST, LONGEST = 64, 128
 """Tokens of a prompt."""
 
@@ -52,18 +54,29 @@ AIMED_AT = 8
 
 @dataclass(frozen=True)
 class Run:
-    """One turn of some clients, and the rate of transformers in the same round."""
+    """One turn of some clients.
+
+    `batch` is how many sessions' steps a server took up at once, `cores` how many processor cores all
+    processes together kept busy, `cpu_ms` processor time a token, and `reference` the tokens a second of
+    transformers in the same round.
+    """
 
     answers: list[Answer]
     tokens_per_s: float
+    batch: float
+    cores: float
     cpu_ms: dict[str, dict[str, float]]
     reference: float
 
 
 async def run_clients(
-    clients: Sequence[ClientProcess], servers: Servers, prompts: Sequence[Sequence[int]], tokens: int
-) -> tuple[list[Answer], float, dict[str, dict[str, float]]]:
-    """Their answers, tokens a second of all together, and milliseconds of processor time a token."""
+    clients: Sequence[ClientProcess],
+    servers: Servers,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    reference: float = 0.0,
+) -> Run:
+    """Let `clients` prefill one prompt each, and then decode at the same time."""
     await asyncio.gather(
         *(client.prefill(prompt, tokens) for client, prompt in zip(clients, prompts, strict=True))
     )
@@ -71,13 +84,28 @@ async def run_clients(
         "servers": [process.pid for process in servers.processes],
         "clients": [client.pid for client in clients],
     }
-    before = {kind: seconds_used(of) for kind, of in pids.items()}
+    before, batches = {kind: seconds_used(of) for kind, of in pids.items()}, await _batches(servers)
     started = time.monotonic()
     answers = await asyncio.gather(*(client.decode() for client in clients))
     elapsed = max(answer.moments[-1] for answer in answers) - started
     after = {kind: seconds_used(of) for kind, of in pids.items()}
     decoded = sum(len(answer.token_ids) - 1 for answer in answers)
-    return answers, decoded / elapsed, per_token(before, after, decoded)
+    steps, iterations = (end - begin for begin, end in zip(batches, await _batches(servers), strict=True))
+    spent = per_token(before, after, decoded)
+    return Run(
+        answers=answers,
+        tokens_per_s=decoded / elapsed,
+        batch=steps / iterations,
+        cores=sum(sum(parts.values()) for parts in spent.values()) * decoded / elapsed / 1000,
+        cpu_ms=spent,
+        reference=reference,
+    )
+
+
+async def _batches(servers: Servers) -> tuple[float, float]:
+    """Steps that all servers took up so far, and iterations in which they did."""
+    said = [await asyncio.to_thread(metrics_of, process) for process in servers.processes]
+    return sum(one[BATCH_STEPS] for one in said), sum(one[BATCHES] for one in said)
 
 
 async def measure_dtype(
@@ -87,21 +115,21 @@ async def measure_dtype(
     most = max(args.clients)
     kv_tokens = str(most * (LONGEST + args.tokens + ROOM))
     runs: dict[int, list[Run]] = {count: [] for count in args.clients}
-    options = ["--kv-tokens", kv_tokens, *args.server_options]
+    options = ["--kv-tokens", kv_tokens, "--metrics-port", "0", *args.server_options]
+    spans = even_spans(model.num_blocks, SERVERS)
     with tempfile.TemporaryDirectory() as folder:
         async with (
-            serving(
-                model.name, dtype, even_spans(model.num_blocks, SERVERS), Path(folder), *options
-            ) as servers,
+            serving(model.name, dtype, spans, Path(folder), *options) as servers,
             joined_clients(servers.addresses, model.name, dtype, most) as clients,
         ):
             await run_clients(clients, servers, prompts[:most], 4)
             for number in range(args.rounds):
                 base, _ = reference.decode_rate(prompts[0], args.tokens)
                 for count in args.clients:
-                    done = await run_clients(clients[:count], servers, prompts[:count], args.tokens)
-                    runs[count].append(Run(*done, reference=base))
-                    print(f"{dtype}, round {number + 1}: {count} clients, {done[1]:.1f}", file=sys.stderr)
+                    done = await run_clients(clients[:count], servers, prompts[:count], args.tokens, base)
+                    runs[count].append(done)
+                    progress = f"{dtype}, round {number + 1}: {count} clients, {done.tokens_per_s:.1f}"
+                    print(f"{progress} tokens/s, transformers {base:.1f}", file=sys.stderr)
     return [row(dtype, runs[count], runs.get(1), prompts, reference) for count in args.clients]
 
 
@@ -127,6 +155,8 @@ def row(
         "speedup": single
         and median(run.tokens_per_s / alone.tokens_per_s for run, alone in zip(runs, single, strict=True)),
         "ratio": median(run.tokens_per_s / run.reference for run in runs),
+        "batch": median(run.batch for run in runs),
+        "cores": median(run.cores for run in runs),
         "token_ms": 1000 * median(gaps),
         "token_p95_ms": 1000 * quantiles(gaps, n=20)[-1],
         "ttft_ms": median(answer.ttft_ms for answer in answers),
@@ -168,7 +198,19 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['model']}: medians of {result['rounds']} rounds, ratios to {REFERENCE}")
-    headings = "clients", "tokens/s", "x one", "ratio", "a token (ms)", "p95", "first (ms)", "longest", "same"
+    headings = (
+        "clients",
+        "tokens/s",
+        "x one",
+        "ratio",
+        "a token (ms)",
+        "p95",
+        "first (ms)",
+        "longest",
+        "batch",
+        "cores",
+        "same",
+    )
     table.add_column("")
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -183,9 +225,11 @@ def show(result: dict[str, Any]) -> None:
             f"{row['token_p95_ms']:.1f}",
             f"{row['ttft_ms']:.0f}",
             f"{row['ttft_max_ms']:.0f}",
+            f"{row['batch']:.1f}",
+            f"{row['cores']:.2f}",
             f"{row['same_tokens']} of {row['answers']}",
         )
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(table)
     console.print(processor_table(result["rows"]))
 

@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression
+from typing import Any
 
 import psutil
 
@@ -14,6 +15,9 @@ from swarm.processes import ServerProcess
 READ_TIMEOUT = 30.0
 SETTLING = 20.0
 """Seconds in which a server must have noticed that everybody left."""
+
+COURSE = 15
+"""Samples to show of a run."""
 
 FREE_TOKENS = "swarm_kv_unpromised_tokens"
 USED_PAGES = 'swarm_kv_pages{state="used"}'
@@ -64,11 +68,11 @@ def memory_of(server: ServerProcess) -> Memory:
     return Memory(time.monotonic(), own.rss, own.pss, daemons)
 
 
-def growth(samples: Sequence[Memory], field: str) -> dict[str, float]:
-    """How memory went, in MiB and as fractions of its mean: a line through the samples, and their span.
+def growth(samples: Sequence[Memory], field: str) -> dict[str, Any]:
+    """How memory went: a `course` of some samples in MiB, and its growth as fractions.
 
-    `fitted` is what the line gains from the first to the last sample; `highest` how far the highest
-    sample is above the mean of the first quarter.
+    `fitted` is what a line through all samples gains from the first to the last; `highest` how far the
+    highest sample is above the mean of the first quarter.
     """
     times = [sample.at for sample in samples]
     sizes = [getattr(sample, field) / 2**20 for sample in samples]
@@ -76,6 +80,7 @@ def growth(samples: Sequence[Memory], field: str) -> dict[str, float]:
     begin = fmean(sizes[: max(1, len(sizes) // 4)])
     return {
         "mean_mib": fmean(sizes),
+        "course": [round(size, 1) for size in sizes[:: max(1, len(sizes) // COURSE)]],
         "fitted": slope * (times[-1] - times[0]) / fmean(sizes),
         "highest": max(sizes) / begin - 1,
     }
