@@ -16,7 +16,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median, quantiles
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import torch
@@ -24,6 +26,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+import swarm
+from benchmarks.servers import STARTING, serving
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.models import Model, resolve
 from swarm.kernels.codecs import to_wire
@@ -213,6 +217,33 @@ def show(result: dict[str, Any]) -> None:
             f"  the event loop is late by {late['median_ms']:.2f} ms, p99 {late['p99_ms']:.2f},"
             f" at most {late['most_ms']:.2f}"
         )
+        memory = found["memory"]
+        console.print(
+            f"  a server of it takes {memory['own_mib']:.0f} MiB beside {memory['weights_mib']:.0f} of weights"
+        )
+
+
+async def server_memory(model: str, dtype: str) -> dict[str, float]:
+    """MiB of a server of the whole model, alone on its machine, after eight answers at once.
+
+    `own` is what its process and its daemon hold (proportional set size) beyond the weights; KV included.
+    """
+    with TemporaryDirectory() as folder:
+        span, options = Span(0, resolve(model).num_blocks), ("--kv-tokens", "1024", "--metrics-port", "0")
+        async with serving(model, dtype, [span], Path(folder), *options) as servers:
+            (server,) = servers.processes
+            async with swarm.connect(servers.addresses, model=model) as client:
+                await asyncio.gather(*(client.generate(f"Say {i}.", max_new_tokens=32) for i in range(8)))
+            url = (await server.wait_for("metrics", STARTING))["url"]
+            weights = await asyncio.to_thread(_weights_mib, url.replace("/metrics", "/shard"))
+            group = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+            held = sum(process.memory_full_info().pss for process in group) / 2**20
+    return {"weights_mib": weights, "own_mib": held - weights}
+
+
+def _weights_mib(url: str) -> float:
+    with urlopen(url, timeout=5.0) as answer:
+        return float(json.load(answer)["bytes"]) / 2**20
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -224,7 +255,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "threads": args.threads,
         "dtypes": {
-            dtype: await measure_dtype(model, dtype, args.rounds, args.threads) for dtype in args.dtypes
+            dtype: await measure_dtype(model, dtype, args.rounds, args.threads)
+            | {"memory": await server_memory(args.model, dtype)}
+            for dtype in args.dtypes
         },
     }
 

@@ -35,6 +35,11 @@ class Logits:
         module.set_input_embeddings(nn.Identity())  # gives their memory back
         return cls(module, precision.dtype)
 
+    @property
+    def module(self) -> Any:
+        """What holds the weights."""
+        return self._module
+
     @torch.inference_mode()
     def __call__(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] to float32 [tokens, vocabulary] on CPU."""

@@ -100,6 +100,7 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         head_bytes=is_last * architecture.vocab_size * architecture.hidden_size * head_item,
     )
     module = load_span(model, span, precision, device, on_progress)
+    logits = Logits.load(model, precision, device) if is_last else None
     shapes, pages = kv_shapes(architecture, span), pages_of(plan.kv_tokens)
     return LoadedSpan(
         forward=forward_of(module, shapes, pages, precision.dtype, device),
@@ -107,9 +108,9 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         precision=precision,
         hidden_size=module.config.hidden_size,
         pages=pages,
-        shard_bytes=_bytes_of(module),
+        shard_bytes=_bytes_of(module) + (_bytes_of(logits.module) if logits else 0),
         embedding=Embedding.open(model, precision.dtype) if span.start == 0 else None,
-        logits=Logits.load(model, precision, device) if is_last else None,
+        logits=logits,
         keeps_pages=None not in shapes,
         is_on_cpu=device.type == "cpu",
     )
