@@ -217,10 +217,8 @@ def show(result: dict[str, Any]) -> None:
             f"  the event loop is late by {late['median_ms']:.2f} ms, p99 {late['p99_ms']:.2f},"
             f" at most {late['most_ms']:.2f}"
         )
-        memory = found["memory"]
-        console.print(
-            f"  a server of it takes {memory['own_mib']:.0f} MiB beside {memory['weights_mib']:.0f} of weights"
-        )
+        own, weights = found["memory"]["own_mib"], found["memory"]["weights_mib"]
+        console.print(f"  a server of it takes {own:.0f} MiB beside {weights:.0f} MiB of weights")
 
 
 async def server_memory(model: str, dtype: str) -> dict[str, float]:
