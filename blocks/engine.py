@@ -265,6 +265,7 @@ class Engine:
                 pieces = self._form()
                 if pieces:
                     self._hand_out(pieces, await self._run(pieces))
+                    await asyncio.sleep(0)  # who got a result may have the next step at hand
         finally:
             self._serving = None
 

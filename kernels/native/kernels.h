@@ -72,8 +72,8 @@ extern const Kernels avx2_kernels, avx512_kernels;
 typedef void (*Work)(void *arg, int64_t from, int64_t to);
 void parallel(Work work, void *arg, int64_t count, int threads);
 
-/* pool.c: this thread's scratch space for at least `floats` values, 64-byte aligned; NULL where memory is out. Slot 0 is
- * for who calls `parallel`, slot 1 for work within a part. */
+/* pool.c: this thread's scratch space for at least `floats` values, 64-byte aligned; NULL where memory is out. Slots 0
+ * and 2 are for who calls `parallel`, slot 1 for work within a part. */
 float *scratch(int slot, int64_t floats);
 
 #endif

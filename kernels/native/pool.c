@@ -17,6 +17,7 @@
 #define SPINS 2000
 #define PARTS_A_THREAD 3
 #define ALIGNMENT 64
+#define SLOTS 3
 
 /* A ticket has the number of the piece of work, how many parts it has, and which one is next. */
 #define NEXT(ticket) ((int64_t)((ticket) & 0xffff))
@@ -99,8 +100,8 @@ void parallel(Work work, void *arg, int64_t count, int threads) {
 }
 
 float *scratch(int slot, int64_t floats) {
-    static _Thread_local float *held[2];
-    static _Thread_local int64_t sizes[2];
+    static _Thread_local float *held[SLOTS];
+    static _Thread_local int64_t sizes[SLOTS];
     if (floats > sizes[slot]) {
         free(held[slot]);
         sizes[slot] = (floats + floats / 4 + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
