@@ -71,6 +71,8 @@ extern const Kernels avx2_kernels, avx512_kernels;
 /* pool.c: `work` on all of [0, count), in parts that at most about `threads` threads share. */
 typedef void (*Work)(void *arg, int64_t from, int64_t to);
 void parallel(Work work, void *arg, int64_t count, int threads);
+/* The same where what there is to do differs much: in as many parts as possible. */
+void parallel_each(Work work, void *arg, int64_t count, int threads);
 
 /* pool.c: this thread's scratch space for at least `floats` values, 64-byte aligned; NULL where memory is out. Slots 0
  * and 2 are for who calls `parallel`, slot 1 for work within a part. */

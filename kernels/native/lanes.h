@@ -26,6 +26,7 @@ INLINE vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
 INLINE vec most(vec a, vec b) { return _mm512_max_ps(a, b); }
 INLINE vec least(vec a, vec b) { return _mm512_min_ps(a, b); }
 INLINE vec mul_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float highest_of(vec v) { return _mm512_reduce_max_ps(v); }
 INLINE vec nearest(vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 /* 2^v for whole numbers v */
 INLINE vec power(vec v) {
@@ -50,6 +51,11 @@ INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
 INLINE vec most(vec a, vec b) { return _mm256_max_ps(a, b); }
 INLINE vec least(vec a, vec b) { return _mm256_min_ps(a, b); }
 INLINE vec mul_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE float highest_of(vec v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
 INLINE vec nearest(vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec power(vec v) {
     __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));

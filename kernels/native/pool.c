@@ -16,6 +16,7 @@
 
 #define SPINS 2000
 #define PARTS_A_THREAD 3
+#define MOST_PARTS 4096
 #define ALIGNMENT 64
 #define SLOTS 3
 
@@ -74,15 +75,14 @@ static void have_workers(int count) {
     }
 }
 
-void parallel(Work work, void *arg, int64_t count, int threads) {
-    if (threads > count) threads = (int)count;
+static void share(Work work, void *arg, int64_t count, int64_t parts, int threads) {
+    if (threads > parts) threads = (int)parts;
     if (threads <= 1) {
         if (count > 0) work(arg, 0, count);
         return;
     }
     pthread_mutex_lock(&calls);
     have_workers(threads - 1);
-    const int64_t most = (int64_t)threads * PARTS_A_THREAD, parts = count < most ? count : most;
     job.work = work, job.arg = arg, job.count = count;
     atomic_store(&done, 0);
     atomic_store(&ticket, ((atomic_load(&ticket) >> 32) + 1) << 32 | (uint64_t)parts << 16);
@@ -97,6 +97,15 @@ void parallel(Work work, void *arg, int64_t count, int threads) {
         else sched_yield();
     }
     pthread_mutex_unlock(&calls);
+}
+
+void parallel(Work work, void *arg, int64_t count, int threads) {
+    const int64_t most = (int64_t)threads * PARTS_A_THREAD;
+    share(work, arg, count, count < most ? count : most, threads);
+}
+
+void parallel_each(Work work, void *arg, int64_t count, int threads) {
+    share(work, arg, count, count < MOST_PARTS ? count : MOST_PARTS, threads);
 }
 
 float *scratch(int slot, int64_t floats) {
