@@ -284,7 +284,10 @@ class Engine:
 
     def _decoding(self, now: float) -> int:
         """Sessions whose next decode step is here or on its way."""
-        return sum(now - session.decoded_at < DECODING_SECONDS for session in self._sessions.values())
+        return sum(
+            now - session.decoded_at < DECODING_SECONDS and (session.step is None or session.step.is_decode)
+            for session in self._sessions.values()
+        )
 
     def _form(self) -> list[Piece]:
         """The next iteration's pieces, with pages for all their rows."""
