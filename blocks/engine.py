@@ -194,7 +194,7 @@ class Engine:
         session = self._sessions.get(session_id)
         if session is None:
             raise StepError("unknown_session", "This server has no such session.")
-        if session.step is not None:
+        if session.step is not None or session.is_running:  # given up or not: its pages are written to
             raise StepError("bad_request", "The last step of this session is still running.")
         ids = check_step(
             self._loaded, session.kv, StepForm(seq_pos, data, shape, dtype, codec, response_type)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -316,3 +317,31 @@ async def test_the_last_block_tells_the_likeliest_token(llama: tuple[Model, Any]
         with pytest.raises(StepError, match="last block"):
             await first.step("s", 0, data, (1,), "uint32", "raw", response_type="token_ids")
         first.close_session("s")
+
+
+async def test_pages_of_a_step_that_was_given_up_get_no_name_of_the_next(llama: tuple[Model, Any]) -> None:
+    async with engine_of(llama[0]) as engine:
+        forward, runs, may_end = engine._loaded.forward.run, asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def run(*rows: Any) -> Tensor:
+            loop.call_soon_threadsafe(runs.set)
+            assert may_end.wait(10)
+            return forward(*rows)
+
+        engine._loaded.forward.run = run  # type: ignore[method-assign]
+        for name in ("s", "other"):
+            engine.open_session(name, WHOLE, 100)
+        given_up = asyncio.create_task(step_ids(engine, "s", 0, [5] * 64))
+        await runs.wait()
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        with pytest.raises(StepError, match="still running"):
+            await step_ids(engine, "s", 0, [6] * 64)
+        may_end.set()
+        await step_ids(engine, "other", 0, [7])
+        for name in ("s", "other"):
+            engine.close_session(name)
+        assert engine.open_session("t", WHOLE, 100, page_keys=page_keys([6] * 64)) == 0
+        engine.close_session("t")
