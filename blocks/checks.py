@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from swarm.blocks.errors import StepError
 from swarm.blocks.kv import SessionKV
 from swarm.blocks.loading import LoadedSpan
+from swarm.blocks.steps import Session
 
 MAX_STEP_TOKENS = 2048
 MAX_STEP_BYTES = 64 * 2**20
@@ -20,6 +21,7 @@ class StepForm:
     dtype: str
     codec: str
     response_type: str
+    rows: int
 
 
 def max_step_tokens(loaded: LoadedSpan) -> int:
@@ -28,13 +30,14 @@ def max_step_tokens(loaded: LoadedSpan) -> int:
     return max(1, min(MAX_STEP_TOKENS, MAX_STEP_BYTES // token_bytes))
 
 
-def check_step(loaded: LoadedSpan, kv: SessionKV, step: StepForm) -> list[int] | None:
-    """The token ids of a step of the session with that `kv`, None if it brings hidden states.
+def check_step(loaded: LoadedSpan, session: Session, step: StepForm) -> list[int] | None:
+    """The token ids of a step of the session, None if it brings hidden states.
 
     Raises:
         StepError: it is not of the form or at the place that was agreed on.
     """
-    fault = _fault_of_form(loaded, kv, step) or _fault_of_place(kv, step, max_step_tokens(loaded))
+    fault = _fault_of_form(loaded, session, step)
+    fault = fault or _fault_of_place(session.kv, step, max_step_tokens(loaded))
     if fault is not None:
         raise StepError("bad_request", fault)
     if step.dtype != "uint32":
@@ -51,19 +54,19 @@ def gives_tokens(loaded: LoadedSpan, kv: SessionKV) -> bool:
     return loaded.logits is not None and kv.blocks.end == loaded.span.size
 
 
-def _fault_of_form(loaded: LoadedSpan, kv: SessionKV, step: StepForm) -> str | None:
+def _fault_of_form(loaded: LoadedSpan, session: Session, step: StepForm) -> str | None:
+    kv, wire = session.kv, session.wire
     if step.response_type == "token_ids" and not gives_tokens(loaded, kv):
         return "Token ids are given by a server of the last block, for sessions that end there."
     if step.response_type not in ("token_ids", "hidden_states"):
         return "Steps are answered with hidden states or token ids here."
-    wire_dtype, codec = loaded.precision.wire_dtype, loaded.precision.codec
     if step.dtype == "uint32":
         if loaded.embedding is None or kv.blocks.start:
             return "Token ids are taken by a server of the first block, for sessions that begin there."
         if step.codec != "raw" or len(step.shape) != 1 or len(step.data) != 4 * step.shape[0]:
             return "Token ids have the shape [tokens] and travel raw, four bytes each."
-    elif (step.dtype, step.codec) != (wire_dtype, codec):
-        return f"Activations travel as {wire_dtype} {codec} here."
+    elif (step.dtype, step.codec) != (wire.wire_dtype, wire.codec):
+        return f"Activations of this session travel as {wire.wire_dtype} {wire.codec}."
     elif len(step.shape) != 2 or step.shape[1] != loaded.hidden_size:
         return f"Hidden states have the shape [tokens, {loaded.hidden_size}] here."
     return None
@@ -73,6 +76,8 @@ def _fault_of_place(kv: SessionKV, step: StepForm, most: int) -> str | None:
     tokens = step.shape[0]
     if not 0 < tokens <= most:
         return f"A step may hold 1 to {most} tokens, not {tokens}."
+    if not 0 <= step.rows <= tokens:
+        return f"A step of {tokens} tokens cannot be answered for {step.rows}."
     if step.seq_pos > kv.length:
         return f"The session ends at position {kv.length}: {step.seq_pos} leaves a gap."
     if step.seq_pos + tokens > kv.capacity:

@@ -4,7 +4,6 @@ What it is given it changes in no way but by filling in results and times; pages
 engine's. Knows no event loop.
 """
 
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,32 +16,47 @@ from torch import Tensor
 from swarm.blocks.errors import StepError
 from swarm.blocks.kv import PageCopy
 from swarm.blocks.loading import LoadedSpan
+from swarm.blocks.precision import WireForm
 from swarm.blocks.steps import PendingStep, StepResult
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.kernels.pages import Segment
 from swarm.spans import Span
+
+HEAD_ROWS = 64
+"""Rows that the head takes at once: their logits are as wide as the vocabulary."""
+
+TOKENS_FORM = WireForm("uint32", "raw")
 
 
 @dataclass(eq=False)
 class Piece:
     """What an iteration does for one step: some rows, where their KV belongs, and what is copied before.
 
-    `output` is what they gave, [rows, hidden], and `token` the likeliest after them, if that was asked for.
+    `output` is for its last `asked` rows: hidden states [asked, hidden], or the likeliest tokens [asked].
     """
 
     step: PendingStep
     segment: Segment
     copies: Sequence[PageCopy]
     output: Tensor | None = None
-    token: int = -1
 
     @property
     def blocks(self) -> Span:
         return self.step.session.kv.blocks
 
     @property
+    def end(self) -> int:
+        """How many rows of its step have been run with these."""
+        return self.segment.length - self.step.seq_pos
+
+    @property
+    def asked(self) -> int:
+        """How many of its rows, the last ones, are answered for."""
+        return max(0, min(self.segment.rows, self.end - self.step.tokens + self.step.asked))
+
+    @property
     def is_last(self) -> bool:
-        return self.step.done + self.segment.rows == self.step.tokens
+        return self.end == self.step.tokens
 
 
 class Compute:
@@ -52,7 +66,6 @@ class Compute:
         self._forward = loaded.forward
         self._embedding = loaded.embedding
         self._logits = loaded.logits
-        self._wire = loaded.precision.wire_dtype, loaded.precision.codec
         self._hidden_size = loaded.hidden_size
 
     def run(self, pieces: Sequence[Piece]) -> None:
@@ -61,15 +74,16 @@ class Compute:
         Raises:
             StepError: a piece's session cannot go back to where it begins, or the model gave no numbers.
         """
+        for piece in pieces:  # before anything can fail: the pages count as the session's own
+            self._forward.copy(piece.copies)
         for piece in pieces:
             self._deserialise(piece.step)
-            self._forward.copy(piece.copies)
         for blocks, group in groupby(sorted(pieces, key=_by_blocks), key=_by_blocks):
             self._run_together(Span(*blocks), list(group))
-        done = [piece for piece in pieces if piece.is_last]
-        self._choose([piece for piece in done if piece.step.wants_token])
-        for piece in done:
-            self._serialise(piece)
+        self._choose([piece for piece in pieces if piece.step.wants_tokens and piece.asked])
+        for piece in pieces:
+            if piece.is_last:
+                self._serialise(piece)
 
     def _deserialise(self, step: PendingStep) -> None:
         started = time.perf_counter()
@@ -80,7 +94,8 @@ class Compute:
 
     def _hidden(self, step: PendingStep) -> Tensor:
         if not isinstance(step.data, list):
-            return from_wire(step.data, (step.tokens, self._hidden_size), *self._wire)
+            wire = step.session.wire
+            return from_wire(step.data, (step.tokens, self._hidden_size), wire.wire_dtype, wire.codec)
         assert self._embedding is not None
         return self._embedding(torch.tensor(step.data))
 
@@ -93,40 +108,35 @@ class Compute:
         outputs = output.split([part.rows for part in parts])
         ended = time.perf_counter()
         for piece, output in zip(pieces, outputs, strict=True):
-            piece.output = output
+            piece.output = _end_of(output, piece.asked)
             piece.step.times.forward += ended - started
             piece.step.since = ended
 
     def _choose(self, pieces: Sequence[Piece]) -> None:
-        """The likeliest token after each piece's last row, by the head, all at once."""
+        """The likeliest token after each row that is asked for, by the head, those of all pieces together."""
         if not pieces:
             return
         started = time.perf_counter()
         assert self._logits is not None
-        logits = self._logits(torch.cat([_output_of(piece)[-1:] for piece in pieces])).numpy()
-        tokens = logits.argmax(-1)
-        if not np.isfinite(logits[range(len(pieces)), tokens]).all():
-            raise StepError("internal", "The model gave values that are not numbers.")
+        rows = torch.cat([_output_of(piece) for piece in pieces])
+        tokens = torch.cat([_likeliest(self._logits(some)) for some in rows.split(HEAD_ROWS)])
         ended = time.perf_counter()
-        for piece, token in zip(pieces, tokens.tolist(), strict=True):
-            piece.token = token
+        for piece, own in zip(pieces, tokens.split([piece.asked for piece in pieces]), strict=True):
+            piece.output = own
             piece.step.times.forward += ended - started
 
     def _serialise(self, piece: Piece) -> None:
         started, step = time.perf_counter(), piece.step
-        shape: tuple[int, ...]
-        if step.wants_token:
-            data, shape, form = memoryview(struct.pack("<I", piece.token)), (1,), ("uint32", "raw")
-        else:
-            parts = [*step.outputs, _output_of(piece)]
-            data = to_wire(torch.cat(parts) if len(parts) > 1 else parts[0], *self._wire)
-            shape, form = (step.tokens, self._hidden_size), self._wire
+        parts = [*step.outputs, _output_of(piece)]
+        answer = torch.cat(parts) if len(parts) > 1 else parts[0]
+        form = TOKENS_FORM if step.wants_tokens else step.session.wire
+        data = to_wire(answer, form.wire_dtype, form.codec)
         step.times.serialise += time.perf_counter() - started
         step.finished = StepResult(
             data=data,
-            shape=shape,
-            dtype=form[0],
-            codec=form[1],
+            shape=tuple(answer.shape),
+            dtype=form.wire_dtype,
+            codec=form.codec,
             queue_ms=1000 * step.times.queue,
             deserialise_ms=1000 * step.times.deserialise,
             forward_ms=1000 * step.times.forward,
@@ -141,6 +151,24 @@ def _by_blocks(piece: Piece) -> tuple[int, int]:
 def _output_of(piece: Piece) -> Tensor:
     assert piece.output is not None
     return piece.output
+
+
+def _end_of(output: Tensor, rows: int) -> Tensor:
+    """The last `rows`, without the memory of the others."""
+    return output if rows == len(output) else output[len(output) - rows :].clone()
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Of logits [rows, vocabulary], the tokens [rows] as int32.
+
+    Raises:
+        StepError: they are not numbers.
+    """
+    values = logits.numpy()
+    tokens = values.argmax(-1)
+    if not np.isfinite(values[range(len(values)), tokens]).all():
+        raise StepError("internal", "The model gave values that are not numbers.")
+    return torch.from_numpy(tokens.astype(np.int32))
 
 
 def _rows_of(piece: Piece) -> Tensor:

@@ -1,8 +1,8 @@
 """The engine of one server: one shard, one page pool, and one loop that serves the steps of all sessions.
 
 Each iteration takes rows of every step that is ready, runs them as one flat batch off the event loop, and
-hands out what is done. Positions, sizes and capacity are checked here, so that whatever a peer sends, memory
-stays within what was promised. All state belongs to the event loop. Knows nothing of peers but their names.
+hands out what is done. Whatever a peer sends, memory stays within what was promised. All state belongs to
+the event loop. Knows nothing of peers but their names.
 """
 
 import asyncio
@@ -20,23 +20,21 @@ from swarm.blocks.checks import StepForm, check_step, max_step_tokens
 from swarm.blocks.company import Pressure, patience, wanted
 from swarm.blocks.compute import Compute, Piece
 from swarm.blocks.errors import NoCapacity, StepError
-from swarm.blocks.kv import EVERYBODY, PageName, SessionKV, pages_of
+from swarm.blocks.handover import Handover
 from swarm.blocks.loading import EngineConfig, LoadedSpan, load
 from swarm.blocks.models import Model
 from swarm.blocks.pace import Pace
-from swarm.blocks.pool import PagePool, PoolExhausted
-from swarm.blocks.steps import BatchReport, EngineStats, PendingStep, Session, StepResult
+from swarm.blocks.precision import WireForm
+from swarm.blocks.sessions import Sessions
+from swarm.blocks.steps import BatchReport, EngineStats, PendingStep, StepResult
 from swarm.kernels.codecs import to_wire
 from swarm.kernels.pages import Segment
-from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
+from swarm.page_keys import PAGE_TOKENS
 from swarm.spans import Span
 
 __all__ = ["Engine", "EngineConfig"]
 
 logger = logging.getLogger(__name__)
-
-RETRY_AFTER = 5.0
-"""Seconds after which a full server may have room again."""
 
 DECODING_SECONDS = 0.5
 """How long after its last decode step a session counts as decoding: the next one is on its way."""
@@ -56,19 +54,16 @@ class Engine:
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._loaded = loaded
         self._compute = Compute(loaded)
-        self._keeps_prefixes = prefix_cache and loaded.keeps_pages
-        self._pool: PagePool[PageName] = PagePool(loaded.pages)
-        self._promisable = int(loaded.pages * overcommit)
-        self._sessions: dict[str, Session] = {}
-        self._leaving: set[Session] = set()
+        self._counted = EngineStats(kv_pages=loaded.pages)
+        self._sessions = Sessions(loaded, self._counted, overcommit=overcommit, prefix_cache=prefix_cache)
         self._ready: list[PendingStep] = []
         self._fairness = Fairness()
         self._pace = Pace()
         self._pressure = Pressure(shares_cores=loaded.is_on_cpu)
         self._came = asyncio.Event()
-        self._counted = EngineStats(kv_pages=loaded.pages)
         self._serving: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._handover = Handover(loaded, self._sessions, self._thread)
 
     @classmethod
     async def load(
@@ -102,7 +97,7 @@ class Engine:
     @property
     def kv_tokens_left(self) -> int:
         """Tokens that no session was promised."""
-        return max(0, self._promisable - self._promised) * PAGE_TOKENS
+        return self._sessions.tokens_left
 
     @property
     def queue(self) -> int:
@@ -114,9 +109,13 @@ class Engine:
         return replace(
             self._counted,
             sessions=len(self._sessions),
-            kv_pages_used=self._pool.used,
-            kv_pages_cached=self._pool.kept,
+            kv_pages_used=self._sessions.pages_used,
+            kv_pages_cached=self._sessions.pages_kept,
         )
+
+    def wire_form(self, wish: str) -> WireForm:
+        """How activations of a session travel that is opened with that `wire`."""
+        return self.precision.wire_form(wish)
 
     def open_session(
         self,
@@ -127,8 +126,11 @@ class Engine:
         client: str = "",
         page_keys: bytes = b"",
         priority: str = "interactive",
+        wire: str = "exact",
     ) -> int:
         """Promise `client` KV memory for `max_tokens` on the blocks `span`, some or all of this engine's.
+
+        Activations of its steps travel as `wire_form(wire)` says.
 
         Returns:
             How many tokens the session holds already, of those whose pages `page_keys` name.
@@ -137,36 +139,21 @@ class Engine:
             NoCapacity: they do not fit beside the other sessions, or never will.
             StepError: the session is open already, or not all of these blocks are here.
         """
-        if not self.span.covers(span):
-            raise StepError("bad_request", f"This server serves blocks {self.span}, not {span}.")
-        if session_id in self._sessions:
-            raise StepError("bad_request", "This session is open already.")
-        self._check_room(max_tokens)
-        blocks = Span(span.start - self.span.start, span.end - self.span.start)
-        kv = SessionKV(self._pool, blocks, max_tokens, client)
-        state = self._loaded.forward.new_state(blocks, max_tokens)
-        self._sessions[session_id] = Session(kv, is_bulk=priority == "bulk", state=state)
-        self._counted.admitted += 1
-        if not self._keeps_prefixes:
-            return 0
-        sees_tokens = self.takes_token_ids and blocks.start == 0
-        held = kv.attach(page_keys, EVERYBODY if sees_tokens else client)
-        self._counted.prefix_tokens_asked += len(page_keys) // KEY_BYTES * PAGE_TOKENS
-        self._counted.prefix_tokens_held += held
-        return held
+        return self._sessions.open(
+            session_id,
+            span,
+            max_tokens,
+            client=client,
+            page_keys=page_keys,
+            is_bulk=priority == "bulk",
+            wire=wire,
+        )
 
     def close_session(self, session_id: str) -> None:
         """Free the session's KV memory. Closing an unknown session does nothing."""
-        session = self._sessions.pop(session_id, None)
-        if session is None:
-            return
-        session.is_closed = True
-        if session.step is not None:
+        session = self._sessions.close(session_id)
+        if session is not None and session.step is not None:
             self._end(session.step, StepError("unknown_session", "The session was closed."))
-        if session.is_running:
-            self._leaving.add(session)
-        else:
-            session.kv.roll_back(0)
 
     async def step(
         self,
@@ -179,43 +166,77 @@ class Engine:
         *,
         page_keys: bytes = b"",
         response_type: str = "hidden_states",
+        rows: int = 0,
     ) -> StepResult:
         """Run hidden states [tokens, hidden], or token ids [tokens], from position `seq_pos` on.
 
         What the session held from there on is forgotten. `page_keys` name the pages that the step fills;
-        token ids name them themselves. With the `response_type` token_ids, the answer is the token that the
-        model finds likeliest after the last row. A step that is cancelled before it runs changes nothing.
+        token ids name them themselves. The answer is for the last `rows` of the tokens, or all if 0: hidden
+        states [rows, hidden], or with the `response_type` token_ids the tokens [rows] that the model finds
+        likeliest after each. A step that is cancelled before it runs changes nothing.
 
         Raises:
             StepError: unknown session, a step of it that still runs, a gap before `seq_pos`, too many tokens,
                 or a shape, dtype or length that was not agreed on.
             NoCapacity: more was promised than there is, and it is used up for the moment.
         """
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise StepError("unknown_session", "This server has no such session.")
-        if session.step is not None or session.is_running:  # given up or not: its pages are written to
-            raise StepError("bad_request", "The last step of this session is still running.")
-        ids = check_step(
-            self._loaded, session.kv, StepForm(seq_pos, data, shape, dtype, codec, response_type)
-        )
-        if self._keeps_prefixes:
+        session = self._sessions.find_idle(session_id)
+        form = StepForm(seq_pos, data, shape, dtype, codec, response_type, rows)
+        ids = check_step(self._loaded, session, form)
+        if self._sessions.keeps_prefixes:
             session.kv.expect(seq_pos, ids, page_keys)
         now, result = time.perf_counter(), asyncio.get_running_loop().create_future()
-        step = PendingStep(session, seq_pos, shape[0], data if ids is None else ids, now, result, since=now)
-        step.wants_token = response_type == "token_ids"
+        brought, tokens = data if ids is None else ids, shape[0]
+        step = PendingStep(session, seq_pos, tokens, brought, rows or tokens, now, result, since=now)
+        step.wants_tokens = response_type == "token_ids"
         session.step = step
         self._ready.append(step)
         self._came.set()
         if step.is_decode:
             self._pressure.came(now - session.came_at)
-            session.came_at = now
+            session.came_at, session.decode_rows = now, tokens
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve(), name="serve steps")
         try:
             return await result
         finally:
             self._end(step)
+
+    @property
+    def can_hand_over(self) -> bool:
+        """Whether the KV of sessions can be given to another engine of the same dtype, and taken in."""
+        return self._handover.is_possible
+
+    def kv_bytes(self, session_id: str, tokens: int) -> int:
+        """Bytes of the KV of so many tokens of the session, on all its blocks.
+
+        Raises:
+            StepError: there is no such session.
+        """
+        return self._handover.size(session_id, tokens)
+
+    async def export_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        """The KV of positions `[first, end)` of the session, as `swarm.blocks.handover` lays it out.
+
+        Steps of other sessions wait for it: a long one is asked for in parts.
+
+        Raises:
+            StepError: unknown session, a step of it that still runs, positions that it does not hold, or
+                blocks that keep states instead.
+        """
+        return await self._handover.give(session_id, first, end)
+
+    async def import_kv(self, session_id: str, first: int, end: int, data: memoryview | bytes) -> None:
+        """Let a session that holds exactly `first` tokens hold `end`, by what `export_kv` gave elsewhere.
+
+        Its pages cannot be found by name from then on. What is refused changes nothing.
+
+        Raises:
+            StepError: unknown session, a step of it that still runs, positions that do not fit it, bytes of
+                another length or that are not numbers, or blocks that keep states instead.
+            NoCapacity: more was promised than there is, and it is used up for the moment.
+        """
+        await self._handover.take(session_id, first, end, data)
 
     async def measure(self) -> tuple[float, float]:
         """Decode and prefill rates in (token, block) pairs a second, by running a session of its own."""
@@ -236,7 +257,7 @@ class Engine:
 
     def close(self) -> None:
         """Forget all sessions and end the compute thread once the running iteration is done."""
-        for session_id in list(self._sessions):
+        for session_id in self._sessions.ids:
             self.close_session(session_id)
         if self._serving is not None:
             self._serving.cancel()
@@ -251,11 +272,7 @@ class Engine:
         Raises:
             AssertionError: a page is lost, or counted otherwise than the sessions use it.
         """
-        held = [*self._sessions.values(), *self._leaving]
-        self._pool.check_integrity(session.kv.table for session in held)
-        assert all(
-            len(session.kv.table) == pages_of(session.kv.length) for session in held if not session.step
-        )
+        self._sessions.check_integrity()
 
     async def _serve(self) -> None:
         """One iteration after the other, as long as there are steps."""
@@ -272,28 +289,31 @@ class Engine:
     async def _gather(self) -> None:
         """Where many decode and what computes is busy, wait a moment for more of them."""
         now = time.perf_counter()
-        enough = wanted(self._decoding(now))
+        rows = self._decoding(now)
+        enough = wanted(len(rows))
         if len(self._ready) >= enough or not all(step.is_decode for step in self._ready):
             return
-        iteration = self._pace.decode_seconds(enough) or 0.0
+        iteration = self._pace.decode_seconds(sum(sorted(rows)[:enough])) or 0.0
         with suppress(TimeoutError):
             async with asyncio.timeout(patience(self._pressure.value(now), iteration, self._pressure.cycle)):
                 while len(self._ready) < enough:
                     self._came.clear()
                     await self._came.wait()
 
-    def _decoding(self, now: float) -> int:
-        """Sessions whose next decode step is here or on its way."""
-        return sum(
-            now - session.decoded_at < DECODING_SECONDS and (session.step is None or session.step.is_decode)
-            for session in self._sessions.values()
-        )
+    def _decoding(self, now: float) -> list[int]:
+        """Of each session whose next decode step is here or on its way, the rows that the last one had."""
+        return [
+            session.decode_rows
+            for session in self._sessions
+            if now - session.decoded_at < DECODING_SECONDS
+            and (session.step is None or session.step.is_decode)
+        ]
 
     def _form(self) -> list[Piece]:
         """The next iteration's pieces, with pages for all their rows."""
         now = time.perf_counter()
         alone = [step for step in self._ready if step.is_alone]
-        rows = self._pace.prefill_rows(self._decoding(now))
+        rows = self._pace.prefill_rows(sum(self._decoding(now)))
         shares = form_batch(alone[:1] or self._ready, self._fairness, rows, now)
         return [piece for share in shares if (piece := self._piece(share)) is not None]
 
@@ -302,9 +322,8 @@ class Engine:
         step, session = share.step, share.step.session
         first = step.seq_pos + step.done
         try:
-            copies = session.kv.reserve(first, first + share.rows)
-        except PoolExhausted:
-            full = NoCapacity("This server promised more tokens than it has; all are in use.", RETRY_AFTER)
+            copies = self._sessions.reserve(session, first, first + share.rows)
+        except NoCapacity as full:
             self._end(step, full)
             return None
         session.is_running = True
@@ -324,11 +343,9 @@ class Engine:
         now = time.perf_counter()
         for piece in pieces:
             session, step = piece.step.session, piece.step
-            session.is_running = False
-            if session.is_closed:
-                self._leaving.discard(session)
-                session.kv.roll_back(0)
-            elif not isinstance(outcome, Exception):
+            if not self._sessions.rest(session):
+                continue
+            if not isinstance(outcome, Exception):
                 self._advance(piece, now)
             elif len(pieces) == 1:
                 session.kv.roll_back(step.seq_pos)
@@ -342,8 +359,9 @@ class Engine:
         step, session = piece.step, piece.step.session
         session.kv.grow(piece.segment.length)
         step.done += piece.segment.rows
-        assert piece.output is not None
-        step.outputs.append(piece.output)
+        if piece.asked:
+            assert piece.output is not None
+            step.outputs.append(piece.output)
         if step.is_decode:
             session.decoded_at = now
         if step.done == step.tokens:
@@ -370,18 +388,3 @@ class Engine:
             step.result.set_exception(outcome)
         else:
             step.result.set_result(outcome)
-
-    @property
-    def _promised(self) -> int:
-        held = (*self._sessions.values(), *self._leaving)
-        return sum(pages_of(session.kv.capacity) for session in held)
-
-    def _check_room(self, max_tokens: int) -> None:
-        if pages_of(max_tokens) > self._pool.size:
-            self._counted.refused += 1
-            raise NoCapacity(f"This server holds {self.kv_tokens} tokens at most, not {max_tokens}.", None)
-        if pages_of(max_tokens) > self._promisable - self._promised:
-            self._counted.refused += 1
-            raise NoCapacity(
-                f"This server has room for {self.kv_tokens_left} more tokens, not {max_tokens}.", RETRY_AFTER
-            )

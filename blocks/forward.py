@@ -29,7 +29,12 @@ ROPE_BY_BATCH = ("dynamic", "longrope")
 
 
 class Forward(Protocol):
-    """Runs rows of sessions through blocks, counted from the span's first."""
+    """Runs rows of sessions through blocks, counted from the span's first.
+
+    `pages` are those of each block, none where blocks keep states instead.
+    """
+
+    pages: Sequence[Pages]
 
     def new_state(self, blocks: Span, capacity: int) -> RecurrentSession | None:
         """What a session of at most `capacity` tokens keeps beside its pages."""
@@ -60,7 +65,7 @@ class PagedForward:
         fused = fuse(module, self._run_plainly)
         self.is_fused = fused is not None
         self._run = self._run_plainly if fused is None else fused.run
-        self._pages = [
+        self.pages: Sequence[Pages] = [
             Pages.empty(pages, shape.heads, shape.key_dim, shape.value_dim, dtype, device) for shape in shapes
         ]
 
@@ -70,17 +75,17 @@ class PagedForward:
     @torch.inference_mode()
     def run(self, hidden: Tensor, blocks: Span, parts: Sequence[Segment]) -> Tensor:
         if not self._turns_by_batch:
-            return self._run(hidden, blocks, self._pages, Segments.of(parts, self._device))
+            return self._run(hidden, blocks, self.pages, Segments.of(parts, self._device))
         rows = hidden.split([part.rows for part in parts])
         each = zip(rows, parts, strict=True)
         return torch.cat(
-            [self._run(own, blocks, self._pages, Segments.of([part], self._device)) for own, part in each]
+            [self._run(own, blocks, self.pages, Segments.of([part], self._device)) for own, part in each]
         )
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[PageCopy]) -> None:
         for one in copies:
-            for pages in self._pages:
+            for pages in self.pages:
                 pages.copy(one.source, one.target)
 
     def _run_plainly(
@@ -105,6 +110,7 @@ class RecurrentForward:
         self._device = device
         self._dtype = dtype
         self._config = module.config
+        self.pages: Sequence[Pages] = ()
         self._part = lru_cache(MAX_PARTS)(partial(part_of, module))
 
     def new_state(self, blocks: Span, capacity: int) -> RecurrentSession:

@@ -51,6 +51,7 @@ class SessionKV:
         self._owner = client
         self._keys: list[bytes] = []
         self._tokens: list[int] = []
+        self._is_nameable = True
 
     def attach(self, keys: bytes, owner: str) -> int:
         """Begin with the pages that are still there of those that `keys` name; how many tokens they hold."""
@@ -72,6 +73,8 @@ class SessionKV:
         They follow from the token `ids`, if this server sees them, else from the client's own `keys`. After
         steps of both kinds, or one that was not named, nothing can be named any more.
         """
+        if not self._is_nameable:
+            return
         owner, whole = self.client if ids is None else EVERYBODY, seq_pos // PAGE_TOKENS
         if seq_pos == 0:
             self._owner = owner
@@ -113,8 +116,15 @@ class SessionKV:
                 self.table[index], PageName(self._owner, self.blocks, self._keys[index], tuple(tokens))
             )
 
+    def adopt(self, end: int) -> None:
+        """Count what others computed up to `end`. Nobody shall find it: no page is named from then on."""
+        self._is_nameable = False
+        self._keys.clear()
+        self._tokens.clear()
+        self.length = end
+
     def roll_back(self, length: int) -> None:
-        """Forget every position from `length` on; a no-op when the session is shorter."""
+        """Forget every position from `length` on; if the session is shorter, what it has pages for alone."""
         self.length = min(self.length, length)
         while len(self.table) > pages_of(self.length):
             self._pool.release(self.table.pop())

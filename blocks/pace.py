@@ -38,7 +38,7 @@ class Pace:
         return max(known, default=None)
 
     def prefill_rows(self, decoding: int) -> int:
-        """Rows of prefill for the next iteration, while `decoding` sessions decode."""
+        """Rows of prefill for the next iteration, where `decoding` rows of decode come along each time."""
         least = LEAST_ROWS if decoding else LEAST_ALONE
         if self._row is None:
             return least

@@ -16,6 +16,14 @@ QUANTIZE_CHOICES = ("none", *QUANTISATIONS)
 
 
 @dataclass(frozen=True)
+class WireForm:
+    """Activations travel as `wire_dtype` with `codec`, as `swarm.kernels.codecs` has them."""
+
+    wire_dtype: str
+    codec: str
+
+
+@dataclass(frozen=True)
 class Precision:
     """How a shard computes.
 
@@ -30,6 +38,14 @@ class Precision:
     wire_dtype: str
     codec: str
     quantization: str = "none"
+
+    def wire_form(self, wish: str) -> WireForm:
+        """How activations travel: `exact`, as they are computed, `half`, in 16 bits a value, or `int8`."""
+        if wish == "int8":
+            return WireForm("int8", "blocks")
+        if wish == "half" and self.wire_dtype == "float32":
+            return WireForm("float16", "scaled")
+        return WireForm(self.wire_dtype, self.codec)
 
 
 def choose_device(asked: str) -> torch.device:

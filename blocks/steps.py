@@ -8,23 +8,27 @@ from torch import Tensor
 
 from swarm.blocks.batch import DECODE_ROWS
 from swarm.blocks.kv import SessionKV
+from swarm.blocks.precision import WireForm
 
 
 @dataclass(eq=False)
 class Session:
-    """One session: its KV, what it was promised, and whether it is in a running iteration.
+    """One session: its KV, what it was promised, and whether something runs on it now.
 
-    `came_at` and `decoded_at` are when its last decode step came and was done.
+    Its activations travel as `wire`. `came_at` and `decoded_at` are when its last decode step, which had
+    `decode_rows`, came and was done.
     """
 
     kv: SessionKV
     is_bulk: bool
+    wire: WireForm
     state: Any = None
     step: "PendingStep | None" = None
     is_running: bool = False
     is_closed: bool = False
     came_at: float = float("-inf")
     decoded_at: float = float("-inf")
+    decode_rows: int = 1
 
 
 @dataclass
@@ -41,17 +45,19 @@ class StepTimes:
 class PendingStep:
     """A step that was admitted and has no result yet. Times in seconds of a monotonic clock.
 
-    `data` are hidden states as they came, or token ids; it may want the likeliest next token for an answer.
-    `done` of its rows were run and gave `outputs`; `since` is when it began to wait for the next ones.
+    `data` are hidden states as they came, or token ids. The answer is for its last `asked` tokens: hidden
+    states, or the likeliest tokens if it wants these. `done` of its rows were run and gave `outputs`, as far
+    as those are asked for; `since` is when it began to wait for the next ones.
     """
 
     session: Session
     seq_pos: int
     tokens: int
     data: memoryview | bytes | list[int]
+    asked: int
     arrived: float
     result: "asyncio.Future[StepResult]"
-    wants_token: bool = False
+    wants_tokens: bool = False
     is_alone: bool = False
     done: int = 0
     since: float = 0.0
@@ -79,7 +85,7 @@ class PendingStep:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Hidden states after the span as wire bytes [tokens, hidden], or a token id [1], and the time they took.
+    """Hidden states after the span as wire bytes [rows, hidden], or token ids [rows], and the time they took.
 
     `compute_ms` is the sum of the three parts after the queue.
     """

@@ -146,6 +146,19 @@ def append(pages: Pages, keys: Tensor, values: Tensor, segments: Segments) -> No
     pages.values[page, :, slot] = values
 
 
+def rows_of(pages: Pages, table: Sequence[int], first: int, end: int) -> tuple[Tensor, Tensor]:
+    """What `append` was given for positions `[first, end)` of the sequence whose pages `table` has.
+
+    Returns:
+        Keys [rows, kv_heads, key_dim] and values [rows, kv_heads, value_dim].
+    """
+    touched = torch.tensor(table[first // PAGE : -(-end // PAGE)], device=pages.keys.device)
+    rows = slice(first % PAGE, first % PAGE + end - first)
+    keys = pages.keys[touched].permute(0, 3, 1, 2).flatten(0, 1)
+    values = pages.values[touched].transpose(1, 2).flatten(0, 1)
+    return keys[rows], values[rows]
+
+
 def attend_pages(
     query: Tensor,
     pages: Pages,

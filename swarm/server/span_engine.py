@@ -6,7 +6,8 @@ Fixes the words between hosting and computing, so that neither imports the other
 from collections.abc import Callable
 from typing import Protocol
 
-from swarm.net.messages import Codec, Dtype, Priority, ResponseType
+from swarm.net.forms import Codec, Dtype, Wire
+from swarm.net.messages import Priority, ResponseType
 from swarm.spans import Span
 
 
@@ -37,14 +38,19 @@ class StepOutcome(Protocol):
 
 
 class WireForm(Protocol):
-    """In which numbers a shard is held (`name`), and in which its activations travel."""
+    """In which numbers activations travel."""
 
-    @property
-    def name(self) -> str: ...
     @property
     def wire_dtype(self) -> Dtype: ...
     @property
     def codec(self) -> Codec: ...
+
+
+class ShardForm(WireForm, Protocol):
+    """In which numbers a shard is held (`name`), and its activations travel where that is to cost nothing."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class EngineStats(Protocol):
@@ -77,7 +83,7 @@ class SpanEngine(Protocol):
     """What fills the cell: `swarm.blocks.engine.Engine`, or a fake in tests."""
 
     @property
-    def precision(self) -> WireForm: ...
+    def precision(self) -> ShardForm: ...
     @property
     def shard_bytes(self) -> int: ...
     @property
@@ -86,6 +92,8 @@ class SpanEngine(Protocol):
     def takes_token_ids(self) -> bool: ...
     @property
     def gives_token_ids(self) -> bool: ...
+    @property
+    def can_hand_over(self) -> bool: ...
     @property
     def kv_tokens_left(self) -> int: ...
     @property
@@ -96,6 +104,10 @@ class SpanEngine(Protocol):
     on_batch: Callable[[BatchReport], None] | None
     """Called on the event loop after each iteration."""
 
+    def wire_form(self, wish: Wire) -> WireForm:
+        """How activations of a session travel that wishes so."""
+        ...
+
     def open_session(
         self,
         session_id: str,
@@ -105,8 +117,9 @@ class SpanEngine(Protocol):
         client: str = "",
         page_keys: bytes = b"",
         priority: Priority = "interactive",
+        wire: Wire = "exact",
     ) -> int:
-        """Promise KV memory on blocks `span` of its own, for `client`, a peer.
+        """Promise KV memory on blocks `span` of its own, for `client`, a peer; see `wire_form` for `wire`.
 
         Returns how many tokens it holds already, of those whose pages `page_keys` name. Raises NoCapacity,
         StepError.
@@ -124,11 +137,31 @@ class SpanEngine(Protocol):
         *,
         page_keys: bytes = b"",
         response_type: ResponseType = "hidden_states",
+        rows: int = 0,
     ) -> StepOutcome:
         """Run hidden states [tokens, hidden], or ids [tokens] where `dtype` is uint32, from `seq_pos` on.
 
-        `page_keys` name the pages that it fills; token_ids as `response_type` asks for the likeliest next
-        token. Raises NoCapacity, StepError.
+        `page_keys` name the pages that it fills. The answer is for the last `rows` tokens, or all if 0:
+        hidden states [rows, hidden], or with token_ids as `response_type` the likeliest token after each,
+        [rows]. Raises NoCapacity, StepError.
+        """
+        ...
+
+    def kv_bytes(self, session_id: str, tokens: int) -> int:
+        """Bytes of the KV of so many tokens of the session, all its blocks. Raises StepError."""
+        ...
+
+    async def export_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        """The KV of positions `[first, end)`, which `import_kv` of an engine of the same dtype understands.
+
+        No step of the session may run meanwhile. Raises StepError.
+        """
+        ...
+
+    async def import_kv(self, session_id: str, first: int, end: int, data: memoryview) -> None:
+        """Let a session that holds exactly `first` tokens hold `end`; what is refused changes nothing.
+
+        No step of the session may run meanwhile. Raises NoCapacity, StepError.
         """
         ...
 

@@ -3,8 +3,7 @@
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarm.blocks.engine import Engine, EngineConfig
+from swarm.blocks.engine import Engine
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
 from swarm.blocks.steps import BatchReport
-from swarm.kernels.codecs import from_wire, to_wire
 from swarm.page_keys import PAGE_TOKENS, page_keys
 from swarm.spans import Span
+from tests.engines import WHOLE, engine_of, step, step_ids
 from tests.tiny import greedy
-
-WHOLE = Span(0, 6)
-PAGES = 24
 
 
 @pytest.fixture(scope="module")
 def llama(checkpoint_of: Callable[[str], tuple[Path, Any]]) -> tuple[Model, Any]:
     folder, reference = checkpoint_of("Llama")
     return resolve(str(folder)), reference
-
-
-@asynccontextmanager
-async def engine_of(model: Model, span: Span = WHOLE, **options: Any) -> AsyncIterator[Engine]:
-    """An engine that must have every page back once its sessions are closed."""
-    options = {"kv_tokens": PAGES * PAGE_TOKENS, **options}
-    engine = await Engine.load(model, span, EngineConfig(dtype="float32", device="cpu", **options))
-    try:
-        yield engine
-        engine.check_integrity()
-        assert engine.stats.kv_pages_used == 0
-        assert engine.queue == 0
-    finally:
-        engine.close()
-
-
-async def step(engine: Engine, session: str, seq_pos: int, hidden: Tensor, keys: bytes = b"") -> Tensor:
-    done = await engine.step(
-        session,
-        seq_pos,
-        to_wire(hidden, "float32", "raw"),
-        tuple(hidden.shape),
-        "float32",
-        "raw",
-        page_keys=keys,
-    )
-    return from_wire(done.data, done.shape, done.dtype, done.codec)
-
-
-async def step_ids(engine: Engine, session: str, seq_pos: int, ids: list[int]) -> Tensor:
-    data = torch.tensor(ids, dtype=torch.int32).numpy().tobytes()
-    done = await engine.step(session, seq_pos, data, (len(ids),), "uint32", "raw")
-    return from_wire(done.data, done.shape, done.dtype, done.codec)
 
 
 def random_prompt(rng: random.Random, most: int = 90) -> list[int]:
@@ -300,7 +263,7 @@ async def test_the_last_block_tells_the_likeliest_token(llama: tuple[Model, Any]
             while len(answer) < 10:
                 data = torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()
                 done = await engine.step(
-                    name, seq_pos, data, (len(tokens),), "uint32", "raw", response_type="token_ids"
+                    name, seq_pos, data, (len(tokens),), "uint32", "raw", response_type="token_ids", rows=1
                 )
                 assert (done.dtype, done.shape) == ("uint32", (1,))
                 seq_pos += len(tokens)

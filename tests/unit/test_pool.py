@@ -15,6 +15,7 @@ from swarm.spans import Span
 BLOCKS = Span(0, 2)
 POOL_PAGES = 7
 CAPACITY = 4 * PAGE_TOKENS
+RARELY = st.sampled_from([False, False, False, True])
 
 
 class Lives(RuleBasedStateMachine):
@@ -55,7 +56,7 @@ class Lives(RuleBasedStateMachine):
         token=st.integers(0, 3),
         by_ids=st.booleans(),
         is_named=st.booleans(),
-        fails=st.booleans(),
+        fails=RARELY,
     )
     def step(
         self, session: int, back: int, tokens: int, token: int, by_ids: bool, is_named: bool, fails: bool
@@ -89,6 +90,28 @@ class Lives(RuleBasedStateMachine):
         kv.grow(end)
         written[first:] = new
 
+    @rule(session=sessions, tokens=st.integers(1, 70), token=st.integers(0, 3), fails=RARELY)
+    def adopt(self, session: int, tokens: int, token: int, fails: bool) -> None:
+        """Take in what another server computed, which nobody else may ever read."""
+        kv, written = self.open[session]
+        first, end = kv.length, min(kv.length + tokens, CAPACITY)
+        if first == end:
+            return
+        try:
+            copies = kv.reserve(first, end)
+        except PoolExhausted:
+            return
+        for copy in copies:
+            self.content[copy.target] = list(self.content[copy.source])
+        for position in range(first, end):
+            page = kv.table[position // PAGE_TOKENS]
+            self.content[page][position % PAGE_TOKENS] = (f"adopted by {session}", token)
+        if fails:
+            kv.roll_back(first)
+            return
+        kv.adopt(end)
+        written += [(kv.client, token)] * (end - first)
+
     @rule(session=consumes(sessions))
     def close_session(self, session: int) -> None:
         kv, _ = self.open.pop(session)
@@ -113,17 +136,24 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def sessions_read_what_they_wrote(self) -> None:
-        for kv, written in self.open.values():
+        for session, (kv, written) in self.open.items():
+            owners = EVERYBODY, kv.client, f"adopted by {session}"
             for position, entry in enumerate(written):
                 page = kv.table[position // PAGE_TOKENS]
                 found = self.content[page][position % PAGE_TOKENS]
                 assert found is not None
                 assert found[1] == entry[1], "a session reads tokens that it did not write"
-                assert found[0] in (EVERYBODY, kv.client), "a session reads what another client wrote"
+                assert found[0] in owners, "a session reads what another client wrote"
+
+    @invariant()
+    def what_others_computed_has_no_name(self) -> None:
+        for page in self.pool._names:
+            writers = {entry[0] for entry in self.content[page] if entry is not None}
+            assert not any(writer.startswith("adopted") for writer in writers)
 
 
 Lives.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
