@@ -17,9 +17,13 @@ _ANSWERS: dict[type[AnyMessage], type[AnyMessage]] = {
     messages.Ping: messages.Pong,
     messages.Open: messages.Opened,
     messages.Step: messages.Result,
+    messages.Link: messages.Linked,
+    messages.Feed: messages.Fed,
+    messages.HandOver: messages.HandedOver,
+    messages.Adopt: messages.Adopted,
     messages.Close: messages.Closed,
 }
-_ECHOED = ("nonce", "session_id", "seq_pos")  # fields that an answer repeats from its question
+_ECHOED = ("nonce", "session_id", "seq_pos", "number")  # fields that an answer repeats from its question
 
 
 class Refused(SwarmError):
@@ -129,7 +133,7 @@ async def ping(
 
 
 def _check_body(message: AnyMessage, body: memoryview) -> None:
-    expected = messages.body_bytes(message) if isinstance(message, messages.Step | messages.Result) else 0
+    expected = messages.body_bytes(message)
     if len(body) != expected:
         kind = type(message).__name__
         raise FrameError(f"A peer sent a {kind} with a body of {len(body)} bytes instead of {expected}.")

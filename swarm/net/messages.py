@@ -1,15 +1,22 @@
 """The messages of `/swarm/inference/1.0.0`, packed as msgpack, checked field by field on arrival.
 
-A stream carries one session, or pings. The client speaks first; every message gets exactly one
-answer: `Open` an `Opened`, `Step` a `Result`, `Close` a `Closed`, `Ping` a `Pong`, and any of them
-may get an `Error` instead. `Step` and `Result` are followed by a body of raw little-endian values.
+A stream begins with what it is for. One that a client opens carries a session, or pings: `Open` is answered
+by an `Opened`, each `Step` by a `Result`, `Link` by a `Linked`, `HandOver` by a `HandedOver`, `Ping` by a
+`Pong`, `Close` by a `Closed`; any of them may get an `Error` instead. Steps are answered in their order, but
+need not wait for each other. Unasked, a hop says `Unfed` and `Leaving`.
+
+A stream that a hop opens to the next one brings a session's steps there: `Feed` is answered by `Fed`, and the
+`Step`s after it are answered to the client. Or it brings the KV memory of a session whose hop leaves: each
+`Adopt` is answered by an `Adopted`.
+
+`Step`, `Result` and `Adopt` are followed by a body of raw little-endian values.
 """
 
-from math import prod
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from swarm.net.forms import Codec, Dtype, Wire, tensor_bytes
 from swarm.net.transport import FrameError
 from swarm.page_keys import KEY_BYTES
 
@@ -20,22 +27,25 @@ ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=2)]
 
+Number = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+PeerText = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Addresses = Annotated[tuple[Annotated[str, msgspec.Meta(max_length=300)], ...], msgspec.Meta(max_length=16)]
+
+MAX_HOPS = 64
+"""Hops that one step may go through without its client."""
+
 MAX_PAGE_KEYS = 3_584
 """Keys that fit one header, for a prefix of 114,688 tokens."""
 
 PageKeys = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES * MAX_PAGE_KEYS)]
 """The keys of successive pages, one behind the other; see `swarm.page_keys`."""
 
-Dtype: TypeAlias = Literal["uint32", "float32", "bfloat16", "float16"]
-Codec: TypeAlias = Literal["raw", "scaled"]
 PayloadType: TypeAlias = Literal["token_ids", "hidden_states"]
 Priority: TypeAlias = Literal["interactive", "bulk"]
 ResponseType: TypeAlias = Literal["hidden_states", "logits", "token_ids"]
 ErrorCode: TypeAlias = Literal[
     "warming_up", "no_capacity", "draining", "unknown_session", "bad_request", "model_mismatch", "internal"
 ]
-
-ITEM_BYTES: dict[str, int] = {"uint32": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -49,13 +59,20 @@ class Ping(Message, frozen=True, tag="ping"):
 
 
 class Pong(Message, frozen=True, tag="pong"):
+    """`taken` is the number of the newest step that the stream's session has taken up, 0 before the first.
+
+    What is answered by then was sent before.
+    """
+
     nonce: Position
+    taken: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
 
 
 class Open(Message, frozen=True, tag="open"):
     """Open a session on blocks `[start, end)` that will hold at most `max_tokens`.
 
     It begins with what the hop has kept of the pages named by `page_keys`, the sequence's first ones.
+    Activations are to travel as `wire` says.
     """
 
     session_id: SessionId
@@ -65,13 +82,14 @@ class Open(Message, frozen=True, tag="open"):
     max_tokens: Count
     page_keys: PageKeys = b""
     priority: Priority = "interactive"
+    wire: Wire = "exact"
 
 
 class Opened(Message, frozen=True, tag="opened"):
     """The session exists. Activations travel as `dtype` with `codec`, at most `max_step_tokens` a step.
 
     It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
-    bring token ids instead of hidden states if `takes_token_ids`, and ask for one if `gives_token_ids`.
+    bring token ids instead of hidden states if `takes_token_ids`, and ask for some if `gives_token_ids`.
     """
 
     session_id: SessionId
@@ -83,15 +101,29 @@ class Opened(Message, frozen=True, tag="opened"):
     gives_token_ids: bool = False
 
 
+class Onward(msgspec.Struct, frozen=True, array_like=True):
+    """What the next hop is asked to do with a step's result; as the fields of `Step`."""
+
+    session_id: SessionId
+    response_type: ResponseType
+    rows: Position
+    page_keys: PageKeys
+
+
 class Step(Message, frozen=True, tag="step"):
     """Run `shape[0]` tokens from position `seq_pos` on, forgetting what the session held from there.
 
-    Token ids are u32 in the shape [tokens]; the one that is asked for is the likeliest after the last row,
-    in the shape [1]. `page_keys` name the pages that the step fills, in order, so
-    that they can be found again; empty where they need not be, or where the tokens tell.
+    Token ids are u32 in the shape [tokens]. The answer is for the last `rows` of the tokens, or all of them
+    if 0: their hidden states, or the likeliest token after each. `page_keys` name the pages that the step
+    fills, in order, so that they can be found again; empty where they need not be, or where the tokens tell.
+
+    Steps are numbered upwards: one whose `number` is not above that of a step that was taken up before is
+    ignored, since it came twice. If there is a `then`, its first is what the linked hop is asked to do with
+    the result, and the others what the hops after that one are; the client gets its answer all the same.
     """
 
     session_id: SessionId
+    number: Number
     seq_pos: Position
     payload_type: PayloadType
     response_type: ResponseType
@@ -99,12 +131,15 @@ class Step(Message, frozen=True, tag="step"):
     dtype: Dtype
     codec: Codec = "raw"
     page_keys: PageKeys = b""
+    rows: Position = 0
+    then: Annotated[tuple[Onward, ...], msgspec.Meta(max_length=MAX_HOPS)] = ()
 
 
 class Result(Message, frozen=True, tag="result"):
-    """What a step gave, and where its time on the hop went."""
+    """What a step gave, and where its time on the hop went. `pushed`: the linked hop was sent it too."""
 
     session_id: SessionId
+    number: Number
     seq_pos: Position
     response_type: ResponseType
     shape: Shape
@@ -112,6 +147,76 @@ class Result(Message, frozen=True, tag="result"):
     codec: Codec = "raw"
     queue_ms: Milliseconds = 0.0
     compute_ms: Milliseconds = 0.0
+    pushed: bool = False
+
+
+class Link(Message, frozen=True, tag="link"):
+    """Let steps go on from here to `peer`, where the same client's session `to_session` runs the next blocks.
+
+    That one takes activations as `dtype` with `codec`. A new link takes the place of the one before.
+    """
+
+    session_id: SessionId
+    peer: PeerText
+    addresses: Addresses
+    to_session: SessionId
+    dtype: Dtype
+    codec: Codec
+
+
+class Linked(Message, frozen=True, tag="linked"):
+    session_id: SessionId
+
+
+class Feed(Message, frozen=True, tag="feed"):
+    """The steps of session `session_id` will come over this stream; knowing its id is the right to."""
+
+    session_id: SessionId
+
+
+class Fed(Message, frozen=True, tag="fed"):
+    session_id: SessionId
+
+
+class Unfed(Message, frozen=True, tag="unfed"):
+    """The stream that fed the session has ended: what it had not brought by then must be brought again."""
+
+    session_id: SessionId
+
+
+class Leaving(Message, frozen=True, tag="leaving"):
+    """The hop leaves the swarm soon: the session is to be handed over, or opened elsewhere, by then."""
+
+    session_id: SessionId
+
+
+class HandOver(Message, frozen=True, tag="hand_over"):
+    """Give what the session holds to `to_session`, which the client has opened at `peer` for it."""
+
+    session_id: SessionId
+    peer: PeerText
+    addresses: Addresses
+    to_session: SessionId
+
+
+class HandedOver(Message, frozen=True, tag="handed_over"):
+    """The other session holds the first `tokens` of this one."""
+
+    session_id: SessionId
+    tokens: Position
+
+
+class Adopt(Message, frozen=True, tag="adopt"):
+    """The KV of positions `[first, end)`, `size` bytes of body, for a session that holds `first` tokens."""
+
+    session_id: SessionId
+    first: Position
+    end: Count
+    size: Count
+
+
+class Adopted(Message, frozen=True, tag="adopted"):
+    session_id: SessionId
 
 
 class Close(Message, frozen=True, tag="close"):
@@ -123,14 +228,38 @@ class Closed(Message, frozen=True, tag="closed"):
 
 
 class Error(Message, frozen=True, tag="error"):
-    """Why a message was refused. `retry_after` is in seconds and set where waiting helps."""
+    """Why a message was refused; the step of that `number`, if there is one.
+
+    `retry_after` is in seconds and set where waiting helps.
+    """
 
     code: ErrorCode
     message: Annotated[str, msgspec.Meta(max_length=1000)]
     retry_after: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
+    number: Number | None = None
 
 
-AnyMessage: TypeAlias = Ping | Pong | Open | Opened | Step | Result | Close | Closed | Error
+AnyMessage: TypeAlias = (
+    Ping
+    | Pong
+    | Open
+    | Opened
+    | Step
+    | Result
+    | Link
+    | Linked
+    | Feed
+    | Fed
+    | Unfed
+    | Leaving
+    | HandOver
+    | HandedOver
+    | Adopt
+    | Adopted
+    | Close
+    | Closed
+    | Error
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -153,10 +282,14 @@ def decode(header: bytes) -> AnyMessage:
         raise FrameError(f"A peer sent a message that is not of this protocol: {reason}.") from error
 
 
-def body_bytes(message: Step | Result) -> int:
-    """How many bytes of body must follow. `scaled` puts one float32 a token before the values."""
-    scales = 4 * message.shape[0] if message.codec == "scaled" else 0
-    return prod(message.shape) * ITEM_BYTES[message.dtype] + scales
+def body_bytes(message: AnyMessage) -> int:
+    """How many bytes of body must follow."""
+    match message:
+        case Step() | Result():
+            return tensor_bytes(message.shape, message.dtype, message.codec)
+        case Adopt():
+            return message.size
+    return 0
 
 
 def printable(text: str, max_characters: int = 300) -> str:

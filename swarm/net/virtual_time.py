@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import wraps
+from math import ulp
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
@@ -60,6 +61,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jumping.now
+
+    @property
+    def _clock_resolution(self) -> float:
+        """Timers are due when the clock has come to them and no moment before: it might stand still there."""
+        return ulp(self.time())
+
+    @_clock_resolution.setter
+    def _clock_resolution(self, _: float) -> None: ...
 
     def now(self) -> float:
         """Virtual Unix time in seconds, for what expires by the calendar."""

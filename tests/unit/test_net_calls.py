@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 
 from swarm.net import messages
 from swarm.net.calls import CallTimeout, MessageStream, Refused, ping
@@ -15,6 +16,7 @@ OPEN = messages.Open(session_id=SESSION, model_id="m", start=0, end=2, max_token
 OPENED = messages.Opened(session_id=SESSION, dtype="float32", codec="raw", max_step_tokens=5)
 STEP = messages.Step(
     session_id=SESSION,
+    number=7,
     seq_pos=3,
     payload_type="hidden_states",
     response_type="hidden_states",
@@ -22,8 +24,13 @@ STEP = messages.Step(
     dtype="float32",
 )
 RESULT = messages.Result(
-    session_id=SESSION, seq_pos=3, response_type="hidden_states", shape=(2, 4), dtype="float32"
+    session_id=SESSION, number=7, seq_pos=3, response_type="hidden_states", shape=(2, 4), dtype="float32"
 )
+LINK = messages.Link(
+    session_id=SESSION, peer="p", addresses=(), to_session=OTHER_SESSION, dtype="float32", codec="raw"
+)
+HAND_OVER = messages.HandOver(session_id=SESSION, peer="p", addresses=(), to_session=OTHER_SESSION)
+ADOPT = messages.Adopt(session_id=SESSION, first=0, end=2, size=8)
 
 
 async def talk_to(answer, latency=0.0):
@@ -69,6 +76,39 @@ async def test_a_step_and_its_result():
     assert (answer, body) == (RESULT, bytes(range(32)))
 
 
+@pytest.mark.parametrize("change", [{"number": 8}, {"seq_pos": 4}, {"session_id": OTHER_SESSION}])
+@in_virtual_time
+async def test_the_result_of_another_step_closes_the_stream(change):
+    stream = await talk_to(always(replace(RESULT, **change), bytes(32)))
+    with pytest.raises(FrameError):
+        await stream.call(STEP, bytes(32), timeout=1, max_body=32)
+    with pytest.raises(StreamClosed):
+        await stream.receive()
+
+
+@pytest.mark.parametrize(
+    ("question", "body", "answer"),
+    [
+        (LINK, b"", messages.Linked(session_id=SESSION)),
+        (messages.Feed(session_id=SESSION), b"", messages.Fed(session_id=SESSION)),
+        (HAND_OVER, b"", messages.HandedOver(session_id=SESSION, tokens=5)),
+        (ADOPT, bytes(8), messages.Adopted(session_id=SESSION)),
+    ],
+)
+@in_virtual_time
+async def test_what_hops_are_asked_besides_steps(question, body, answer):
+    stream = await talk_to(always(answer))
+    assert (await stream.call(question, body, timeout=1))[0] == answer
+
+
+@in_virtual_time
+async def test_kv_that_is_not_as_long_as_it_says_is_not_taken():
+    stream = await talk_to(always(ADOPT, bytes(7)))
+    await stream.send(messages.Ping(nonce=1))
+    with pytest.raises(FrameError, match="7 bytes instead of 8"):
+        await stream.receive()
+
+
 @in_virtual_time
 async def test_a_refusal_is_raised_and_the_stream_goes_on():
     error = messages.Error(code="warming_up", message="Loading.\x1b[2J", retry_after=2.5)
@@ -90,6 +130,11 @@ async def test_a_refusal_is_raised_and_the_stream_goes_on():
         (messages.Close(session_id=SESSION), messages.Closed(session_id=OTHER_SESSION)),
         (messages.Ping(nonce=1), messages.Pong(nonce=2)),
         (messages.Pong(nonce=1), messages.Pong(nonce=1)),
+        (LINK, messages.Fed(session_id=SESSION)),
+        (LINK, messages.Linked(session_id=OTHER_SESSION)),
+        (HAND_OVER, messages.HandedOver(session_id=OTHER_SESSION, tokens=1)),
+        (HAND_OVER, messages.Adopted(session_id=SESSION)),
+        (messages.Feed(session_id=SESSION), messages.Unfed(session_id=SESSION)),
     ],
 )
 @in_virtual_time
