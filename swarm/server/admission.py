@@ -5,10 +5,10 @@ engine and no time; None means admitted, an `Error` is the answer to give instea
 """
 
 from dataclasses import dataclass
-from math import prod
 
 from swarm.dht.announcement import PeerState
-from swarm.net.messages import ITEM_BYTES, Codec, Dtype, Error, ErrorCode, Open, Step, body_bytes, printable
+from swarm.net.forms import ITEM_BYTES, Codec, Dtype, tensor_bytes
+from swarm.net.messages import Error, ErrorCode, Open, Step, body_bytes, printable
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 from swarm.spans import Span
 
@@ -58,8 +58,7 @@ class Terms:
     def body_limit(self) -> int:
         """Bytes that the body of one step may have at most."""
         tokens = min(self.max_step_tokens, self.max_tokens)
-        scales = 4 * tokens if self.codec == "scaled" else 0
-        hidden = prod((tokens, self.hidden_size, ITEM_BYTES[self.dtype])) + scales
+        hidden = tensor_bytes((tokens, self.hidden_size), self.dtype, self.codec)
         return max(hidden, ITEM_BYTES["uint32"] * tokens) if self.takes_token_ids else hidden
 
 
@@ -86,12 +85,8 @@ def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
     return None
 
 
-def refuse_step(step: Step, body: int, terms: Terms | None, phase: PeerState) -> Error | None:
-    """Why a step with a body of `body` bytes cannot be run in the stream's session, `terms`."""
-    if terms is None or step.session_id != terms.session_id:
-        return refusal("unknown_session", "This stream carries no such session: open it first.")
-    if phase != "serving":
-        return refusal("draining", DRAINING_HINT)
+def refuse_step(step: Step, body: int, terms: Terms) -> Error | None:
+    """Why a step with a body of `body` bytes cannot be run in the session `terms`."""
     fault = _fault_of_form(step, body, terms) or _fault_of_place(step, terms)
     return refusal("bad_request", fault) if fault else None
 
@@ -105,6 +100,10 @@ def _fault_of_form(step: Step, body: int, terms: Terms) -> str | None:
         return "This server gives no logits: apply the head on the client."
     if step.response_type == "token_ids" and not terms.gives_token_ids:
         return "This session gives hidden states only: apply the head on the client."
+    if step.rows > step.shape[0]:
+        return f"A step of {step.shape[0]} tokens has no {step.rows} of them to answer for."
+    if step.then and (step.response_type != "hidden_states" or step.rows):
+        return "What goes on to the next hop are the hidden states of all tokens."
     brings_ids = step.payload_type == "token_ids"
     fault = _fault_of_ids(step, terms) if brings_ids else _fault_of_hidden_states(step, terms)
     if fault is None and body != body_bytes(step):

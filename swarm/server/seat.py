@@ -1,32 +1,29 @@
-"""One stream that a peer opened, and the session that it may carry.
+"""One stream that a client opened, and the session that it may carry.
 
-Owns what the two have agreed on, the step that runs for it, and listening to the stream meanwhile: a step
-whose peer has gone is not worth running. What is asked and answered is `sessions`' business.
+Owns listening to the stream, what is said on it, and when it counts as idle. What is asked and answered is
+`sessions`' business, what becomes of a session's steps that of `hosted`.
 """
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeAlias
 
 from swarm.net import messages
 from swarm.net.messages import AnyMessage, Ping, Step
+from swarm.net.outbox import Outbox
 from swarm.net.transport import FrameError, PeerId, Stream
-from swarm.server.admission import Terms
-from swarm.server.span_engine import SpanEngine, StepOutcome
-
-Received: TypeAlias = tuple[AnyMessage, memoryview]
+from swarm.server.hosted import Hosted
 
 
 class Seat:
-    """A stream, with a session on it while `engine` is set. `terms` outlive a session that was evicted."""
+    """A stream, with a session on it while there is `hosted`."""
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Stream, patience: float):
+        """A frame that the peer does not take within `patience` seconds ends the stream."""
         self.stream = stream
-        self.terms: Terms | None = None
-        self.engine: SpanEngine | None = None
+        self.outbox = Outbox(stream, patience)
+        self.hosted: Hosted | None = None
         self._used_at = asyncio.get_running_loop().time()
-        self._coming: asyncio.Task[Received] | None = None
-        self._running: asyncio.Task[StepOutcome] | None = None
+        self._idle = 0.0
+        self._waiting: asyncio.Timeout | None = None
 
     @property
     def peer(self) -> PeerId:
@@ -34,88 +31,48 @@ class Seat:
 
     @property
     def session_id(self) -> str:
-        return self.terms.session_id if self.terms else "none"
+        return self.hosted.terms.session_id if self.hosted else "none"
 
-    @property
-    def was_evicted(self) -> bool:
-        """The session ended here, and its peer has not reacted to that yet."""
-        return self.terms is not None and self.engine is None
-
-    async def receive(self, idle: float) -> Received:
-        """The next message. A session falls idle without steps: pings do not keep it.
+    async def receive(self, idle: float) -> tuple[AnyMessage, memoryview]:
+        """The next message. A session falls idle without steps: pings do not keep it, but work does.
 
         Raises:
             TimeoutError: nothing came for `idle` seconds.
             StreamClosed, FrameError: as `Stream.receive` and `messages.decode`.
         """
-        coming = self._listen()
-        async with asyncio.timeout_at(self._used_at + idle):
-            received = await coming
-        self._coming = None
-        if self.engine is None or not isinstance(received[0], Ping):
+        self._idle = idle
+        try:
+            async with asyncio.timeout_at(self._idle_at()) as self._waiting:
+                received = await self._receive()
+        finally:
+            self._waiting = None
+        if self.hosted is None or not isinstance(received[0], Ping):
             self.touch()
         return received
 
     def touch(self) -> None:
-        """The stream is in use: idleness counts from now on."""
+        """The stream is in use: idleness counts from now on, or from when its session has nothing to do."""
         self._used_at = asyncio.get_running_loop().time()
+        if self._waiting is not None and not self._waiting.expired():
+            self._waiting.reschedule(self._idle_at())
 
-    async def run(self, step: Coroutine[Any, Any, StepOutcome]) -> StepOutcome | None:
-        """What `step` gives, None if the session is evicted meanwhile. Cancelled if the stream ends.
+    async def free(self) -> None:
+        """End the session, if there is one."""
+        hosted, self.hosted = self.hosted, None
+        if hosted is not None:
+            await hosted.close()
 
-        Raises:
-            StreamClosed, FrameError: the stream has ended.
-            SwarmError: as `step`.
-        """
-        coming, running = self._listen(), asyncio.create_task(step, name=f"step of {self.session_id}")
-        self._running = running
-        try:
-            await asyncio.wait((running, coming), return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                coming.result()
-                await asyncio.wait((running,))
-        except BaseException:  # the stream has ended, or this is cancelled
-            await _end(running)
-            raise
-        finally:
-            self._running = None
-        return None if running.cancelled() else running.result()
+    def _idle_at(self) -> float | None:
+        is_busy = self.hosted is not None and self.hosted.is_busy
+        return None if is_busy else self._used_at + self._idle
 
-    def evict(self) -> None:
-        """End the session, with the step that runs for it; the stream stays."""
-        if self._running is not None:
-            self._running.cancel()
-        if self.terms is not None and self.engine is not None:
-            self.engine.close_session(self.terms.session_id)
-            self.engine = None
-
-    def free(self) -> None:
-        """End the session, if there is one, and forget it."""
-        self.evict()
-        self.terms = None
-
-    async def close(self) -> None:
-        """Listen no more."""
-        if self._coming is not None:
-            await _end(self._coming)
-
-    def _listen(self) -> "asyncio.Task[Received]":
-        if self._coming is None:
-            self._coming = asyncio.create_task(self._receive(), name=f"listen to {self.peer}")
-        return self._coming
-
-    async def _receive(self) -> Received:
+    async def _receive(self) -> tuple[AnyMessage, memoryview]:
         """Unlike `MessageStream`, leaves the stream open for a last word when a message is malformed.
 
         No body is taken before a session is open.
         """
-        header, body = await self.stream.receive(self.terms.body_limit if self.terms else 0)
+        header, body = await self.stream.receive(self.hosted.terms.body_limit if self.hosted else 0)
         message = messages.decode(header)
         if len(body) and not isinstance(message, Step):
             raise FrameError(f"A peer sent a {type(message).__name__} with a body; only steps have one.")
         return message, body
-
-
-async def _end(task: "asyncio.Task[Any]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

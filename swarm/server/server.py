@@ -31,8 +31,10 @@ FRESHEN_PERIOD = 3.0
 """Seconds between two looks at whether the free KV memory or the neighbours still are as announced."""
 
 ANNOUNCE_TIMEOUT = 2.0
-DRAIN_TIMEOUT = 4.0
-"""Seconds that leaving may take to announce it, and meanwhile to let running steps end; see `stopping`."""
+DRAIN_TIMEOUT = 30.0
+DRAIN_PATIENCE = 4.0
+"""Seconds that leaving may take to announce it, and meanwhile for all sessions to move elsewhere, and for the
+next of them to; see `stopping`."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Server:
         )
         self.metrics = Metrics(self.cell, model=shard.model.name, peer=network.identity.peer)
         self.sessions = Sessions(
-            shard.model.model_id, shard.hidden_size, self.cell, limits, metrics=self.metrics
+            shard.model.model_id, shard.hidden_size, self.cell, network.transport, limits, self.metrics
         )
         self._shard = shard
         self._network = network
@@ -202,7 +204,7 @@ class Server:
         try:
             if self.cell.phase == "serving":
                 self.cell.move("draining")
-                await asyncio.gather(self._announce(), self.sessions.drain(DRAIN_TIMEOUT))
+                await asyncio.gather(self._announce(), self.sessions.drain(DRAIN_TIMEOUT, DRAIN_PATIENCE))
             await self._announcer.withdraw()
             self.cell.move("left")
         finally:

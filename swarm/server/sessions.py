@@ -1,40 +1,51 @@
 """The streams that other peers open to this server, and the session that each of them may carry.
 
-Owns what a stream has agreed on, from its opening to its end; however it ends, the session's KV memory
-is freed. What may be asked is decided in `admission`, what is computed by the engine in the shard cell.
-Must not know of announcements or of this process's life.
+Owns who may say what on a stream, from its opening to its end; however it ends, the session's KV memory is
+freed. What may be asked is decided in `admission`, what becomes of steps in `hosted`, what is computed by the
+engine in the shard cell. Must not know of announcements or of this process's life.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeAlias
 
 from swarm.blocks.errors import NoCapacity, StepError
-from swarm.net import messages
-from swarm.net.messages import AnyMessage, Close, Closed, Error, Open, Opened, Ping, Pong, Result, Step
-from swarm.net.transport import Buffer, FrameError, PeerId, Stream, StreamClosed
-from swarm.server.admission import Limits, Offer, Terms, refusal, refuse_open, refuse_step
+from swarm.net.calls import MessageStream
+from swarm.net.messages import (
+    Adopt,
+    Adopted,
+    AnyMessage,
+    Close,
+    Closed,
+    Error,
+    Fed,
+    Feed,
+    HandOver,
+    Leaving,
+    Link,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Step,
+    Unfed,
+)
+from swarm.net.transport import FrameError, PeerId, Stream, StreamClosed, Transport
+from swarm.server.admission import Limits, Offer, Terms, refusal, refuse_open
 from swarm.server.cell import ShardCell
+from swarm.server.hand_over import MAX_PIECE_BYTES
+from swarm.server.hosted import FAILED, Hosted
 from swarm.server.metrics import Metrics
 from swarm.server.seat import Seat
-from swarm.server.span_engine import SpanEngine, StepOutcome
+from swarm.server.span_engine import SpanEngine
 from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
 
-Answer: TypeAlias = tuple[AnyMessage, Buffer]
+UNKNOWN = "This stream carries no such session: open it first."
 
-STEP_FAULTS: dict[str, messages.ErrorCode] = {
-    "bad_request": "bad_request",
-    "no_capacity": "no_capacity",
-    "unknown_session": "unknown_session",
-}
-"""What an engine may say of a step, as the wire says it; anything else is our own fault."""
-
-EVICTED = "This server has let its blocks go, and this session with them: open it again."
+LAST_WORDS = 1.0
+"""Seconds for what was said last to leave, before a server that drains ends its streams."""
 
 
 class Sessions:
@@ -45,28 +56,28 @@ class Sessions:
         model_id: str,
         hidden_size: int,
         cell: ShardCell,
+        transport: Transport,
         limits: Limits | None = None,
         metrics: Metrics | None = None,
     ):
         self._model_id = model_id
         self._hidden_size = hidden_size
         self._cell = cell
+        self._transport = transport
         self._limits = limits or Limits()
         self._metrics = metrics or Metrics(cell)
         self._seats: set[Seat] = set()
         self.last_ended_at = 0.0  # in the loop's time; 0 if no session has ended yet
-        self._answering = 0
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._changed = asyncio.Event()
 
     @property
     def count(self) -> int:
         """How many sessions are open."""
-        return sum(seat.engine is not None for seat in self._seats)
+        return sum(hosted.engine is not None for hosted in self._hosted())
 
     async def on_stream(self, stream: Stream) -> None:
         """Answer every message of `stream` until it ends, falls idle, or breaks a rule of framing."""
-        seat = Seat(stream)
+        seat = Seat(stream, self._limits.send)
         self._seats.add(seat)
         try:
             await self._converse(seat)
@@ -74,58 +85,102 @@ class Sessions:
             logger.info("closed an idle stream of peer %s, session %s", seat.peer, seat.session_id)
         except FrameError as fault:
             logger.info("closed a stream of peer %s, session %s: %s", seat.peer, seat.session_id, fault)
-            await self._say_why(seat, fault)
+            await self._free(seat)
+            seat.outbox.put(refusal("bad_request", fault.message))
+            await seat.outbox.flush()
         finally:
             self._seats.discard(seat)
-            self._free(seat)
-            await seat.close()
+            await self._free(seat)
+            await seat.outbox.close()
 
     def evict(self) -> None:
         """End every session. The streams stay: who steps on is told so, and may open a session again."""
-        for seat in self._seats:
-            seat.evict()
+        for hosted in self._hosted():
+            hosted.evict()
 
-    async def drain(self, grace: float) -> None:
-        """Wait at most `grace` seconds for the answers that are being worked on, then end every stream."""
-        try:
-            async with asyncio.timeout(grace):
-                await self._quiet.wait()
-        except TimeoutError:
-            logger.warning("%d steps were not done within %g seconds", self._answering, grace)
-        for seat in tuple(self._seats):
+    async def drain(self, grace: float, patience: float) -> None:
+        """Let the clients take their sessions elsewhere, then end every stream.
+
+        That may take `grace` seconds, as long as every `patience` seconds something comes of it.
+        """
+        clock = asyncio.get_running_loop().time
+        for seat in self._seats:
+            if seat.hosted is not None:
+                seat.outbox.put(Leaving(session_id=seat.session_id))
+        deadline, moved_at = clock() + grace, clock()
+        while self.count and clock() < min(deadline, moved_at + patience):
+            self._changed.clear()
+            before = self.count
+            try:
+                async with asyncio.timeout_at(min(deadline, moved_at + patience)):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            if self.count < before or any(hosted.is_handing_over for hosted in self._hosted()):
+                moved_at = clock()
+        if self.count:
+            logger.warning("%d sessions were not taken elsewhere in time", self.count)
+        await self._flush()
+        for seat in self._seats:
             seat.stream.close()
+
+    async def _flush(self) -> None:
+        """Let what was said last leave."""
+        flushing = [asyncio.create_task(seat.outbox.flush()) for seat in self._seats]
+        if flushing:
+            _, late = await asyncio.wait(flushing, timeout=LAST_WORDS)
+            for one in late:
+                one.cancel()
+
+    def _hosted(self) -> Iterator[Hosted]:
+        return (seat.hosted for seat in tuple(self._seats) if seat.hosted is not None)
 
     async def _converse(self, seat: Seat) -> None:
         while True:
+            await seat.outbox.wait_for_room()
             message, body = await seat.receive(self._limits.idle)
-            with self._counted():
-                answer, data = await self._answer(seat, message, body)
-                del body
-                if isinstance(answer, Error):
-                    self._metrics.on_refused(message, answer.code)
-                async with asyncio.timeout(self._limits.send):
-                    await seat.stream.send(messages.encode(answer), data)
+            if isinstance(message, Feed):
+                await self._be_fed(seat, message)
+                return
+            answer = await self._answer(seat, message, body)
+            del body
+            if isinstance(answer, Error):
+                self._metrics.on_refused(message, answer.code)
+            if answer is not None:
+                seat.outbox.put(answer)
 
-    async def _answer(self, seat: Seat, message: AnyMessage, body: memoryview) -> Answer:
+    async def _answer(self, seat: Seat, message: AnyMessage, body: memoryview) -> AnyMessage | None:
+        """What to answer at once; None where the session answers in its time."""
         try:
             match message:
-                case Open():
-                    return self._on_open(seat, message), b""
-                case Step():
-                    return await self._on_step(seat, message, body)
-                case Close():
-                    return self._on_close(seat, message), b""
                 case Ping():
-                    return Pong(nonce=message.nonce), b""
+                    return Pong(nonce=message.nonce, taken=seat.hosted.taken if seat.hosted else 0)
+                case Open():
+                    return await self._on_open(seat, message)
+                case Close():
+                    return await self._on_close(seat, message)
+                case Step() | HandOver() | Link():
+                    return await self._on_session(seat, message, body)
         except (StreamClosed, FrameError):
             raise
         except Exception:  # a bug of ours: the peer has a right to an answer, and the other streams to go on
             logger.exception("answering peer %s, session %s, failed", seat.peer, seat.session_id)
-            return refusal("internal", "This server failed; the fault is its own."), b""
+            return refusal("internal", FAILED)
         raise FrameError(f"A peer sent a {type(message).__name__}, an answer to no question.")
 
-    def _on_open(self, seat: Seat, asked: Open) -> Opened | Error:
-        if seat.engine is not None:
+    async def _on_session(self, seat: Seat, asked: Step | HandOver | Link, body: memoryview) -> Error | None:
+        hosted = seat.hosted
+        if hosted is None or hosted.terms.session_id != asked.session_id:
+            number = asked.number if isinstance(asked, Step) else None
+            return Error(code="unknown_session", message=UNKNOWN, number=number)
+        if isinstance(asked, Link):
+            hosted.link(asked)
+        else:
+            await hosted.take(asked, body)
+        return None
+
+    async def _on_open(self, seat: Seat, asked: Open) -> Opened | Error:
+        if seat.hosted is not None and seat.hosted.engine is not None:
             return refusal("bad_request", "This stream carries a session already: close it first.")
         refused = refuse_open(asked, self._offer(seat.peer), self._limits)
         if refused is not None:
@@ -142,13 +197,19 @@ class Sessions:
                 client=seat.peer,
                 page_keys=asked.page_keys,
                 priority=asked.priority,
+                wire=asked.wire,
             )
         except NoCapacity as full:
             return refusal("no_capacity", full.message, full.retry_after)
         except StepError as error:
             return refusal("bad_request", error.message)
         terms = self._agree(asked, engine, held)
-        seat.engine, seat.terms = engine, terms
+        evicted, seat.hosted = (
+            seat.hosted,
+            Hosted(seat.peer, terms, engine, seat.outbox, self._transport, self._metrics, seat.touch),
+        )
+        if evicted is not None:
+            await evicted.close()
         self._metrics.on_opened(asked, held)
         logger.debug(
             "peer %s opened session %s for %d tokens, %d held",
@@ -167,66 +228,71 @@ class Sessions:
             gives_token_ids=terms.gives_token_ids,
         )
 
-    async def _on_step(self, seat: Seat, step: Step, body: memoryview) -> Answer:
-        if seat.was_evicted:
-            return refusal("unknown_session", EVICTED), b""
-        refused = refuse_step(step, len(body), seat.terms, self._cell.phase)
-        if refused is not None:
-            return refused, b""
-        assert seat.terms is not None
-        seat.terms.length = step.seq_pos
-        started = time.perf_counter()
-        try:
-            done = await self._run(seat, step, body)
-        except NoCapacity as full:
-            return refusal("no_capacity", full.message, full.retry_after), b""
-        except StepError as error:
-            return self._failed_step(seat, error), b""
-        if done is None:
-            return refusal("unknown_session", EVICTED), b""
-        self._metrics.on_step(seat.peer, step, done, time.perf_counter() - started)
-        seat.terms.length = step.seq_pos + step.shape[0]
-        return _result(step, done), done.data
-
-    async def _run(self, seat: Seat, step: Step, body: memoryview) -> StepOutcome | None:
-        """What the engine gives for `step`; None if it was evicted meanwhile.
-
-        Raises:
-            NoCapacity, StepError: as the engine's step.
-            StreamClosed, FrameError: the stream has ended meanwhile, and the step with it.
-        """
-        assert seat.engine is not None
-        running = seat.engine.step(
-            step.session_id,
-            step.seq_pos,
-            body,
-            step.shape,
-            step.dtype,
-            step.codec,
-            page_keys=step.page_keys,
-            response_type=step.response_type,
-        )
-        try:
-            return await seat.run(running)
-        finally:
-            seat.touch()
-
-    def _failed_step(self, seat: Seat, error: StepError) -> Error:
-        code = STEP_FAULTS.get(error.code, "internal")
-        if code == "internal":
-            logger.error("a step of peer %s, session %s, failed: %s", seat.peer, seat.session_id, error)
-        return refusal(code, error.message)
-
-    def _on_close(self, seat: Seat, asked: Close) -> Closed | Error:
+    async def _on_close(self, seat: Seat, asked: Close) -> Closed | Error:
         if seat.session_id != asked.session_id:
-            return refusal("unknown_session", "This stream carries no such session.")
-        self._free(seat)
+            return refusal("unknown_session", UNKNOWN)
+        await self._free(seat)
         return Closed(session_id=asked.session_id)
 
-    def _free(self, seat: Seat) -> None:
-        if seat.engine is not None:
+    async def _be_fed(self, seat: Seat, asked: Feed) -> None:
+        """Take a session's steps, or its KV memory, from another server until the stream ends."""
+        if seat.hosted is not None:
+            raise FrameError("A peer fed a session over a stream that carries one.")
+        fed = self._seat_of(asked.session_id)
+        if fed is None or fed.hosted is None:
+            self._metrics.on_refused(asked, "unknown_session")
+            seat.outbox.put(refusal("unknown_session", "There is no such session here to be fed."))
+            await seat.outbox.flush()
+            return
+        hosted = fed.hosted
+        hosted.feed_from(seat.stream)
+        seat.outbox.put(Fed(session_id=asked.session_id))
+        calls = MessageStream(seat.stream)
+        try:
+            while True:
+                await seat.outbox.wait_for_room()
+                async with asyncio.timeout(self._limits.idle):
+                    message, body = await calls.receive(max(hosted.terms.body_limit, MAX_PIECE_BYTES))
+                match message:
+                    case Step() if message.session_id == asked.session_id:
+                        await hosted.take(message, body, is_fed=True)
+                    case Adopt() if message.session_id == asked.session_id:
+                        seat.outbox.put(await self._on_adopt(hosted, message, body))
+                    case _:
+                        raise FrameError(f"A peer fed a session with a {type(message).__name__} not its own.")
+                del body
+        finally:
+            if hosted.is_fed_by(seat.stream):
+                hosted.feed_from(None)
+                fed.outbox.put(Unfed(session_id=asked.session_id))
+
+    async def _on_adopt(self, hosted: Hosted, piece: Adopt, data: memoryview) -> Adopted | Error:
+        try:
+            await hosted.adopt(piece, data)
+        except NoCapacity as full:
+            refused = refusal("no_capacity", full.message, full.retry_after)
+        except StepError as error:
+            refused = refusal("bad_request", error.message)
+        except Exception:  # a bug of ours: the peer has a right to an answer
+            logger.exception("adopting session %s from elsewhere failed", piece.session_id)
+            refused = refusal("internal", FAILED)
+        else:
+            return Adopted(session_id=piece.session_id)
+        self._metrics.on_refused(piece, refused.code)
+        return refused
+
+    async def _free(self, seat: Seat) -> None:
+        if seat.hosted is not None:
             self.last_ended_at = asyncio.get_running_loop().time()
-        seat.free()
+            await seat.free()
+            self._changed.set()
+
+    def _seat_of(self, session_id: str) -> Seat | None:
+        """The stream that carries that session, while it is open."""
+        open_ones = (
+            seat for seat in self._seats if seat.hosted is not None and seat.hosted.engine is not None
+        )
+        return next((seat for seat in open_ones if seat.session_id == session_id), None)
 
     def _offer(self, peer: PeerId) -> Offer:
         return Offer(
@@ -234,50 +300,21 @@ class Sessions:
             span=self._cell.span,
             phase=self._cell.phase,
             loading_seconds=self._cell.retry_after(),
-            sessions_of_peer=sum(seat.engine is not None and seat.peer == peer for seat in self._seats),
+            sessions_of_peer=sum(
+                hosted.engine is not None and hosted.client == peer for hosted in self._hosted()
+            ),
         )
 
     def _agree(self, asked: Open, engine: SpanEngine, held: int) -> Terms:
+        form = engine.wire_form(asked.wire)
         return Terms(
             session_id=asked.session_id,
             max_tokens=asked.max_tokens,
             hidden_size=self._hidden_size,
-            dtype=engine.precision.wire_dtype,
-            codec=engine.precision.codec,
+            dtype=form.wire_dtype,
+            codec=form.codec,
             max_step_tokens=engine.max_step_tokens,
             takes_token_ids=engine.takes_token_ids and asked.start == 0,
             gives_token_ids=engine.gives_token_ids and asked.end == self._cell.span.end,
             length=held,
         )
-
-    async def _say_why(self, seat: Seat, fault: FrameError) -> None:
-        """The reason for closing, if the stream can still carry it."""
-        try:
-            async with asyncio.timeout(self._limits.send):
-                await seat.stream.send(messages.encode(refusal("bad_request", fault.message)))
-        except (StreamClosed, TimeoutError) as error:
-            logger.debug("peer %s was not told why its stream was closed: %s", seat.peer, error)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._answering += 1
-        self._quiet.clear()
-        try:
-            yield
-        finally:
-            self._answering -= 1
-            if not self._answering:
-                self._quiet.set()
-
-
-def _result(step: Step, done: StepOutcome) -> Result:
-    return Result(
-        session_id=step.session_id,
-        seq_pos=step.seq_pos,
-        response_type=step.response_type,
-        shape=done.shape,
-        dtype=done.dtype,
-        codec=done.codec,
-        queue_ms=done.queue_ms,
-        compute_ms=done.compute_ms,
-    )

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LEAVE_TIMEOUT = 9.0
+LEAVE_TIMEOUT = 36.0
 """Seconds after a first signal at which the process ends, whatever is still going on."""
 
 STDIN_CHUNK = 65536

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from msgspec.structs import replace as changed
 
-from swarm.net.messages import Open, Step
+from swarm.net.messages import Onward, Open, Step
 from swarm.server.admission import Limits, Offer, Terms, refuse_open, refuse_step
 from swarm.spans import Span
 
@@ -23,8 +23,10 @@ TERMS = Terms(
     max_step_tokens=4,
     length=8,
 )
+GIVING = replace(TERMS, gives_token_ids=True)
 STEP = Step(
     session_id=SESSION,
+    number=1,
     seq_pos=8,
     payload_type="hidden_states",
     response_type="hidden_states",
@@ -33,9 +35,15 @@ STEP = Step(
 )
 
 
+ONWARD = (Onward("1" * 32, "token_ids", 1, b""),)
+
+
 def test_what_fits_is_admitted() -> None:
     assert refuse_open(OPEN, OFFER, LIMITS) is None
-    assert refuse_step(STEP, 24, TERMS, "serving") is None
+    assert refuse_step(STEP, 24, TERMS) is None
+    assert refuse_step(changed(STEP, rows=2), 24, TERMS) is None
+    assert refuse_step(changed(STEP, then=ONWARD), 24, TERMS) is None
+    assert refuse_step(changed(STEP, response_type="token_ids", rows=1), 24, GIVING) is None
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,6 @@ def test_opening_is_refused(
 @pytest.mark.parametrize(
     ("step", "body", "code", "says"),
     [
-        ({"session_id": "1" * 32}, 24, "unknown_session", "no such session"),
         ({"payload_type": "token_ids"}, 24, "bad_request", "hidden states only"),
         ({"response_type": "logits"}, 24, "bad_request", "no logits"),
         ({"response_type": "token_ids"}, 24, "bad_request", "hidden states only"),
@@ -84,10 +91,13 @@ def test_opening_is_refused(
         ({"shape": (3, 3)}, 36, "bad_request", "opened for 10 tokens, not 11"),
         ({"page_keys": bytes(15)}, 24, "bad_request", "16 bytes each; 15"),
         ({"page_keys": bytes(16)}, 24, "bad_request", "0 full pages to name here at most, not 1"),
+        ({"rows": 3}, 24, "bad_request", "2 tokens has no 3 of them"),
+        ({"then": ONWARD, "rows": 1}, 24, "bad_request", "states of all tokens"),
+        ({"then": ONWARD, "rows": 2}, 24, "bad_request", "states of all tokens"),
     ],
 )
 def test_a_step_is_refused(step: dict[str, object], body: int, code: str, says: str) -> None:
-    error = refuse_step(changed(STEP, **step), body, TERMS, "serving")
+    error = refuse_step(changed(STEP, **step), body, TERMS)
     assert error is not None
     assert error.code == code
     assert re.search(says, error.message)
@@ -102,9 +112,9 @@ ROOMY = replace(TERMS, max_tokens=1000, max_step_tokens=64, length=100)
 )
 def test_a_step_names_no_more_pages_than_it_fills(seq_pos: int, tokens: int, pages: int) -> None:
     step = changed(STEP, seq_pos=seq_pos, shape=(tokens, 3), page_keys=bytes(16 * pages))
-    assert refuse_step(step, 12 * tokens, ROOMY, "serving") is None
+    assert refuse_step(step, 12 * tokens, ROOMY) is None
     one_more = changed(step, page_keys=bytes(16 * (pages + 1)))
-    error = refuse_step(one_more, 12 * tokens, ROOMY, "serving")
+    error = refuse_step(one_more, 12 * tokens, ROOMY)
     assert error is not None
     assert f"{pages} full pages" in error.message
 
@@ -118,8 +128,8 @@ IDS = changed(STEP, payload_type="token_ids", shape=(2,), dtype="uint32")
 
 
 def test_token_ids_are_admitted_where_the_session_takes_them_beside_hidden_states() -> None:
-    assert refuse_step(IDS, 8, THIN, "serving") is None
-    assert refuse_step(STEP, 24, THIN, "serving") is None
+    assert refuse_step(IDS, 8, THIN) is None
+    assert refuse_step(STEP, 24, THIN) is None
 
 
 @pytest.mark.parametrize(
@@ -137,22 +147,20 @@ def test_token_ids_are_admitted_where_the_session_takes_them_beside_hidden_state
     ],
 )
 def test_token_ids_are_refused(step: dict[str, object], body: int, terms: Terms, says: str) -> None:
-    error = refuse_step(changed(IDS, **step), body, terms, "serving")
+    error = refuse_step(changed(IDS, **step), body, terms)
     assert error is not None
     assert error.code == "bad_request"
     assert re.search(says, error.message)
 
 
-def test_a_step_without_a_session_or_while_leaving_is_refused() -> None:
-    unknown = refuse_step(STEP, 24, None, "serving")
-    leaving = refuse_step(STEP, 24, TERMS, "draining")
-    assert unknown is not None
-    assert leaving is not None
-    assert (unknown.code, leaving.code) == ("unknown_session", "draining")
+def test_what_goes_on_to_the_next_hop_are_no_token_ids() -> None:
+    error = refuse_step(changed(STEP, response_type="token_ids", then=ONWARD), 24, GIVING)
+    assert error is not None
+    assert "states of all tokens" in error.message
 
 
 def test_a_rollback_is_admitted() -> None:
-    assert refuse_step(changed(STEP, seq_pos=0), 24, TERMS, "serving") is None
+    assert refuse_step(changed(STEP, seq_pos=0), 24, TERMS) is None
 
 
 @pytest.mark.parametrize(

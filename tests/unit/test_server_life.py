@@ -22,8 +22,8 @@ from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.net.wire import Link
 from swarm.server.cell import OnProgress
 from swarm.server.evicting import evict_on_request, evict_when_idle, requests
-from swarm.server.server import DRAIN_TIMEOUT, Network, Server, Shard
-from swarm.server.stopping import unless
+from swarm.server.server import DRAIN_PATIENCE, DRAIN_TIMEOUT, Network, Server, Shard
+from swarm.server.stopping import LEAVE_TIMEOUT, unless
 from swarm.spans import Span
 from tests.fake_engine import FakeEngine
 
@@ -111,10 +111,11 @@ async def opened(world: World, life: Life, client: str = "client") -> MessageStr
     return stream
 
 
-def step() -> messages.Step:
+def step(number: int = 1, seq_pos: int = 0) -> messages.Step:
     return messages.Step(
         session_id="1" * 32,
-        seq_pos=0,
+        number=number,
+        seq_pos=seq_pos,
         payload_type="hidden_states",
         response_type="hidden_states",
         shape=(1, 3),
@@ -178,21 +179,52 @@ async def test_it_announces_the_round_trips_to_holders_of_the_next_block() -> No
 
 
 @in_virtual_time
-async def test_leaving_lets_the_running_step_end_in_time() -> None:
+async def test_leaving_serves_the_sessions_it_has_until_they_have_gone() -> None:
     world = World()
     async with world.server("alice") as life:
         await asyncio.sleep(12)
         client = await opened(world, life)
         world.engines["alice"].seconds = 2.0
-        running = asyncio.create_task(client.call(step(), bytes(12), timeout=10, max_body=100))
+        await client.send(step(1), bytes(12))
         await asyncio.sleep(0.5)
         life.stop.set()
-        await asyncio.sleep(0.5)
+        assert await heard(client) == messages.Leaving(session_id="1" * 32)
         assert await world.states() == ["draining"]
-        answer, _ = await running
+        assert (await refused(opened(world, life, "late"))).code == "draining"
+        assert isinstance(await heard(client), messages.Result)
+        answer, _ = await client.call(step(2, 1), bytes(12), timeout=10, max_body=100)
         assert isinstance(answer, messages.Result)
-        await life.task
+        assert not life.task.done()
+        await client.call(messages.Close(session_id="1" * 32), timeout=5)
+        await asyncio.sleep(0.5)
+        assert life.task.done()
         assert await world.states() == []
+
+
+@in_virtual_time
+async def test_leaving_waits_for_a_session_that_is_being_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.server.hand_over.PIECE_BYTES", 1)
+    world = World()
+    async with world.server("alice") as alice, world.server("bob") as bob:
+        await asyncio.sleep(12)
+        client = await opened(world, alice)
+        target = MessageStream(await world.network.transport("target").open_stream(bob.transport.peer))
+        there = messages.Open(session_id="2" * 32, model_id="m", start=0, end=3, max_tokens=20)
+        await target.call(there, timeout=5)
+        await client.call(step(), bytes(12), timeout=5, max_body=100)
+        world.engines["alice"].seconds = 12.0
+        alice.stop.set()
+        await heard(client)
+        asked = messages.HandOver(
+            session_id="1" * 32, peer=bob.transport.peer, addresses=(), to_session="2" * 32
+        )
+        answer, _ = await client.call(asked, timeout=30)
+        assert answer == messages.HandedOver(session_id="1" * 32, tokens=1)
+        assert world.engines["bob"].lengths == {"2" * 32: 1}
+        assert not alice.task.done()
+        client.close()
+        await asyncio.sleep(0.5)
+        assert alice.task.done()
 
 
 @in_virtual_time
@@ -207,8 +239,32 @@ async def test_leaving_waits_neither_for_a_long_step_nor_for_unreachable_records
         life.store.reachable = False
         started = asyncio.get_running_loop().time()
         await life.leave()
-        assert asyncio.get_running_loop().time() - started <= DRAIN_TIMEOUT + 0.1
+        assert asyncio.get_running_loop().time() - started <= DRAIN_PATIENCE + 0.1
         assert (await asyncio.gather(running, return_exceptions=True))[0] is not None
+
+
+@in_virtual_time
+async def test_leaving_does_not_last_for_ever_while_sessions_go_slowly() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        transport = world.network.transport("client")
+        clients = []
+        for number in range(20):
+            client = MessageStream(await transport.open_stream(life.transport.peer))
+            asked = messages.Open(session_id=f"{number:032x}", model_id="m", start=0, end=3, max_tokens=20)
+            await client.call(asked, timeout=5)
+            clients.append(client)
+        life.stop.set()
+        for client in clients[:9]:
+            await asyncio.sleep(3.0)
+            client.close()
+        assert not life.task.done()
+        for client in clients[9:11]:
+            await asyncio.sleep(3.0)
+            client.close()
+        assert life.task.done()
+        assert DRAIN_TIMEOUT < LEAVE_TIMEOUT, "or the process would end in the middle of it"
 
 
 @in_virtual_time
@@ -433,6 +489,12 @@ async def test_unless_gives_the_result_the_error_or_nothing() -> None:
         await unless(asked, after(1, asyncio.sleep))  # type: ignore[arg-type]
     asyncio.get_running_loop().call_later(1, asked.set)
     assert await unless(asked, after(1e6)) is None
+
+
+async def heard(client: MessageStream) -> Any:
+    async with asyncio.timeout(30):
+        message, _ = await client.receive(1000)
+    return message
 
 
 async def refused(asking: Coroutine[Any, Any, Any]) -> messages.Error:

@@ -46,6 +46,7 @@ def metrics_of(cell: ShardCell) -> Metrics:
 def step(tokens: int = 1, seq_pos: int = 0) -> Step:
     return Step(
         session_id=ONE,
+        number=1,
         seq_pos=seq_pos,
         payload_type="hidden_states",
         response_type="hidden_states",
