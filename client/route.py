@@ -1,78 +1,25 @@
 """The fastest route: which peers run which blocks for one session.
 
-A graph whose vertices are (peer, block) and whose edges cost seconds: entering a peer, waiting in its
-queue, computing a block. Dijkstra's algorithm finds the cheapest way through all blocks. Pure functions
-over announcements: nothing here knows of streams, tensors or time.
+Turns announcements and their prices into a graph, has the cheapest way through it found, and says what is
+missing where there is none. Pure functions over announcements: nothing here knows of streams or tensors.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from itertools import groupby
-from math import inf
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import msgspec
+import numpy as np
 
+from swarm.client.costs import ONE_TOKEN, Costs, Demand
+from swarm.client.estimate import estimate
+from swarm.client.graph import View, graph_of
+from swarm.client.search import Indices, cheapest
 from swarm.client.text import printable
 from swarm.dht.announcement import Announcement
 from swarm.errors import SwarmError
 from swarm.net.transport import PeerId
 from swarm.spans import Span
-
-DEFAULT_RTT = 0.1
-"""Seconds assumed for a round trip that was not measured yet: worse than most, so measured peers win."""
-
-DEFAULT_DECODE = 50.0
-"""Blocks a second assumed of a server that has not measured itself."""
-
-LOADING_SECONDS = 60.0
-"""Seconds that a shard is taken to need until it serves, less what is loaded."""
-
-WAKING_SECONDS = 3600.0
-"""What waking a peer is taken to cost: more than any wait for one that loads already."""
-
-CLIENT = -1
-"""Stands for the client where a server would have its place in the list of announcements."""
-
-DirectLatency = Callable[[Announcement], Mapping[PeerId, float]]
-
-
-def through_client(_: Announcement) -> Mapping[PeerId, float]:
-    """No server passes activations to the next: each change of peer goes through the client."""
-    return {}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What an edge of the graph costs, in seconds.
-
-    `rtt` is the measured round trip between the client and a peer, None where unknown. `direct` gives
-    the one-way latencies from a server to those servers that it can reach without the client.
-    """
-
-    rtt: Callable[[PeerId], float | None]
-    direct: DirectLatency = through_client
-    default_decode: float = DEFAULT_DECODE
-
-    def one_way(self, peer: PeerId) -> float:
-        """Latency between the client and `peer`, either way."""
-        rtt = self.rtt(peer)
-        return (DEFAULT_RTT if rtt is None else rtt) / 2
-
-    def block_seconds(self, server: Announcement) -> float:
-        """Time in which the server runs one block for one token."""
-        return 1 / (server.throughput.decode or self.default_decode)
-
-    def queue_seconds(self, server: Announcement) -> float:
-        """Wait before a step starts: each step in the queue runs the server's whole span."""
-        return server.queue * server.span.size * self.block_seconds(server)
-
-    def ready_seconds(self, server: Announcement) -> float:
-        """Wait until the server has its blocks, if they are to be loaded."""
-        if server.state != "joining":
-            return 0.0
-        return WAKING_SECONDS if server.asleep else LOADING_SECONDS * (1 - server.progress)
 
 
 @dataclass(frozen=True)
@@ -91,6 +38,11 @@ class Route:
     hops: tuple[Hop, ...]
     seconds: float
 
+    @property
+    def visits(self) -> list[tuple[Announcement, Span]]:
+        """Who runs which blocks."""
+        return [(hop.announcement, hop.span) for hop in self.hops]
+
     def __str__(self) -> str:
         return " → ".join(f"{label(hop.announcement)} [{hop.span}]" for hop in self.hops)
 
@@ -99,7 +51,7 @@ class NoRoute(SwarmError):
     """Some blocks have no server that can take the session now.
 
     There will be servers for all of them once those that are `loading` have done so, and those in `to_wake`,
-    if there are any, were asked to.
+    if there are any, were asked to. `is_full` says that servers hold them all, but take no more now.
     """
 
     def __init__(
@@ -109,60 +61,70 @@ class NoRoute(SwarmError):
         missing: Sequence[Span] = (),
         loading: Sequence[Announcement] = (),
         to_wake: Sequence[Announcement] = (),
+        *,
+        is_full: bool = False,
     ):
         super().__init__(message, hint)
+        self.is_full = is_full
         self.missing = tuple(missing)
         self.loading = tuple(loading)
         self.to_wake = tuple(to_wake)
 
 
 def find_route(
-    announcements: Sequence[Announcement],
-    num_blocks: int,
+    announcements: Sequence[Announcement] | View,
+    span: Span,
     *,
     costs: Costs,
+    demand: Demand = ONE_TOKEN,
     model: str = "the model",
     tokens: int = 0,
     excluded: Mapping[PeerId, str] = MappingProxyType({}),
     woken: Collection[PeerId] = (),
 ) -> Route:
-    """The fastest route through blocks `[0, num_blocks)` for a session of at most `tokens` tokens.
+    """The fastest route through the blocks of `span` for a session of at most `tokens` tokens.
 
-    Only serving peers with room for the session are used, and none of `excluded`, whose values say why
-    ("did not answer"). Equal costs are decided by the number of hops, then by the order of peer ids.
-    `woken` have been asked to load their blocks, and may not have announced yet that they do.
+    Fastest is what takes the least time for the whole of `demand`. Only serving peers with room for the
+    session are used, and none of `excluded`, whose values say why ("has no room"). Equal costs are decided
+    by the number of hops, then by the order of peer ids. `woken` have been asked to load their blocks, and
+    may not have announced yet that they do.
 
     Raises:
         NoRoute: some blocks have no such peer; says which, who is still loading them, and whom to wake.
     """
-    usable = [
-        server
-        for server in announcements
-        if server.state == "serving" and server.kv_tokens_left >= tokens and server.peer_id not in excluded
-    ]
-    usable.sort(key=lambda server: (server.peer, server.start, server.end))
-    missing = missing_spans(usable, num_blocks)
-    if missing:
-        to_wake = _to_wake(announcements, usable, num_blocks, costs, excluded, woken)
-        raise _no_route(announcements, missing, model, tokens, excluded, to_wake)
-    return _Search(usable, num_blocks, costs).run()
+    view = announcements if isinstance(announcements, View) else View.of(announcements)
+    usable = view.usable(tokens, excluded)
+    if view.covers(usable, span):
+        return _cheapest(view, usable, span, costs, demand)
+    held = [view.servers[index] for index in usable]
+    to_wake = _to_wake(view.servers, held, span, costs, excluded, woken)
+    raise _no_route(view.servers, missing_spans(held, span), model, tokens, excluded, to_wake)
 
 
-def missing_spans(servers: Sequence[Announcement], num_blocks: int) -> list[Span]:
-    """The spans of `[0, num_blocks)` that none of `servers` covers."""
-    missing, reached = [], 0
+def missing_spans(servers: Sequence[Announcement], span: Span) -> list[Span]:
+    """The parts of `span` that none of `servers` covers."""
+    missing, reached = [], span.start
     held = sorted((server.start, server.end) for server in servers)
-    for start, end in [*held, (num_blocks, num_blocks)]:
-        if reached < min(start, num_blocks):
-            missing.append(Span(reached, min(start, num_blocks)))
+    for start, end in [*held, (span.end, span.end)]:
+        if reached < min(start, span.end):
+            missing.append(Span(reached, min(start, span.end)))
         reached = max(reached, end)
     return missing
+
+
+def _cheapest(view: View, usable: Indices, span: Span, costs: Costs, demand: Demand) -> Route:
+    hops = []
+    for index, start, end in cheapest(graph_of(view, usable, span, costs, demand)):
+        server = view.servers[index]
+        hops.append(Hop(server.peer_id, Span(span.start + start, span.start + end), server))
+    times = estimate([(hop.announcement, hop.span) for hop in hops], costs, demand)
+    return Route(tuple(hops), times.token)
 
 
 def _to_wake(
     announcements: Sequence[Announcement],
     usable: Sequence[Announcement],
-    num_blocks: int,
+    span: Span,
     costs: Costs,
     excluded: Mapping[PeerId, str],
     woken: Collection[PeerId],
@@ -177,93 +139,12 @@ def _to_wake(
             if server.peer_id in woken
         ),
     ]
-    candidates = [*usable, *sorted(coming, key=lambda server: (server.peer, server.start, server.end))]
-    if missing_spans(candidates, num_blocks):
+    candidates = [*usable, *coming]
+    if missing_spans(candidates, span):
         return []
-    hops = _Search(candidates, num_blocks, costs).run().hops
+    view = View.of(candidates)
+    hops = _cheapest(view, np.arange(len(view.servers)), span, costs, ONE_TOKEN).hops
     return [hop.announcement for hop in hops if hop.announcement.asleep]
-
-
-@dataclass
-class _Search:
-    """Dijkstra's algorithm over the vertices (server, blocks done), the client being one of the servers.
-
-    Passing through the client is a vertex of its own, which keeps the edges proportional to the number
-    of announced blocks, where edges between all pairs of servers would grow with its square.
-    """
-
-    servers: Sequence[Announcement]
-    num_blocks: int
-    costs: Costs
-    best: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
-    came_from: dict[tuple[int, int], int] = field(default_factory=dict)
-    queue: list[tuple[float, int, int, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        costs, servers = self.costs, self.servers
-        self.one_way = [costs.one_way(server.peer_id) for server in servers]
-        self.compute = [costs.block_seconds(server) for server in servers]
-        self.enter = [
-            costs.ready_seconds(server) + costs.queue_seconds(server) + costs.block_seconds(server)
-            for server in servers
-        ]
-        self.at_block: list[list[int]] = [[] for _ in range(self.num_blocks)]
-        self.of_peer: dict[PeerId, list[int]] = {}
-        for index, server in enumerate(servers):
-            self.of_peer.setdefault(server.peer_id, []).append(index)
-            for block in range(server.start, min(server.end, self.num_blocks)):
-                self.at_block[block].append(index)
-
-    def run(self) -> Route:
-        self._offer(0.0, 0, CLIENT, 0, CLIENT)
-        while True:
-            seconds, changes, done, place = heappop(self.queue)
-            if (seconds, changes) > self.best[place, done]:
-                continue
-            if place != CLIENT:
-                self._leave(seconds, changes, place, done)
-            elif done == self.num_blocks:
-                return Route(self._hops(), seconds)
-            else:
-                for server in self.at_block[done]:
-                    arrived = seconds + self.one_way[server] + self.enter[server]
-                    self._offer(arrived, changes + 1, server, done + 1, CLIENT)
-
-    def _leave(self, seconds: float, changes: int, place: int, done: int) -> None:
-        """From a server that has run blocks up to `done`: one more block, the client, or another server."""
-        if done < min(self.servers[place].end, self.num_blocks):
-            self._offer(seconds + self.compute[place], changes, place, done + 1, place)
-        self._offer(seconds + self.one_way[place], changes, CLIENT, done, place)
-        if done == self.num_blocks:
-            return
-        for peer, one_way in self.costs.direct(self.servers[place]).items():
-            for server in self.of_peer.get(peer, ()):
-                if self.servers[server].start <= done < self.servers[server].end and server != place:
-                    self._offer(seconds + one_way + self.enter[server], changes + 1, server, done + 1, place)
-
-    def _offer(self, seconds: float, changes: int, place: int, done: int, origin: int) -> None:
-        if (seconds, changes) < self.best.get((place, done), (inf, 0)):
-            self.best[place, done] = (seconds, changes)
-            self.came_from[place, done] = origin
-            heappush(self.queue, (seconds, changes, done, place))
-
-    def _hops(self) -> tuple[Hop, ...]:
-        hops = []
-        for place, steps in groupby(self._backwards(), key=lambda step: step[0]):
-            blocks = [block for _, block in steps]
-            server = self.servers[place]
-            hops.append(Hop(server.peer_id, Span(blocks[-1], blocks[0] + 1), server))
-        return tuple(reversed(hops))
-
-    def _backwards(self) -> Iterator[tuple[int, int]]:
-        """(server, block) of the found way, from the last block to the first."""
-        place, done = CLIENT, self.num_blocks
-        while done:
-            origin = self.came_from[place, done]
-            if place != CLIENT:
-                done -= 1
-                yield place, done
-            place = origin
 
 
 def label(server: Announcement) -> str:
@@ -307,4 +188,6 @@ def _no_route(
         hint = "Ask for fewer tokens, or wait until another session ends."
     else:
         hint = f"Start one: python -m swarm.server --model {model} --blocks {missing[0]}."
-    return NoRoute(message, hint, missing, loading, to_wake)
+    held = {block for server in concerned if server.state == "serving" for block in server.span.blocks}
+    is_full = all(held.issuperset(span.blocks) for span in missing)
+    return NoRoute(message, hint, missing, loading, to_wake, is_full=is_full)

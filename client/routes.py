@@ -1,31 +1,36 @@
-"""The routes of one client: which peers to avoid for a while, waiting for a route, waking who sleeps for one.
+"""The routes of one client: finding one, waiting for it, waking who sleeps on it, moving to a better one.
 
-Owns what this client has learned of peers from their answers. The fastest route itself is found in `route`,
-what is announced is the directory's. Must not know of sessions or of what travels along a route.
+The fastest route itself is found in `route`, what is announced is the directory's, what this client has
+learned of peers stands in `experience`. Must not know of sessions or of what travels along a route.
 """
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from swarm.client.concurrently import concurrently
-from swarm.client.faults import HopError, NoCapacity, RemoteFault, SessionLost, WarmingUp
-from swarm.client.route import Costs, NoRoute, Route, find_route
+from swarm.client.costs import ONE_TOKEN, Costs, Demand
+from swarm.client.estimate import estimate
+from swarm.client.experience import Experience
+from swarm.client.faults import HopError, NoCapacity, RemoteFault, RequestRefused
+from swarm.client.graph import View
+from swarm.client.route import Hop, NoRoute, Route, find_route
 from swarm.client.waking import wake
 from swarm.dht.announcement import Announcement
 from swarm.dht.directory import Directory
 from swarm.errors import SwarmError
 from swarm.net.transport import PeerId, Transport, TransportError
+from swarm.spans import Span
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+CLEARLY = 0.25
+"""The part of a token's time that another route must save for a session to move there.
 
-FAULT_AVOIDED = 10.0
-BUSY_AVOIDED = 2.0
-"""Seconds for which routes avoid a peer after a fault, and after it had no room and gave no time."""
+It lies above what measuring distances varies by, so that routes of about the same speed keep their sessions.
+"""
+
+FLOAT32_BYTES = 4
 
 ROUTE_PAUSE = 1.0
 """Seconds between two looks at why there is no route yet."""
@@ -38,6 +43,8 @@ RTT_PATIENCE = 1.5
 
 OnWaiting: TypeAlias = Callable[[SwarmError], None]
 """Called with the reason each time that a route has to be waited for."""
+
+Find: TypeAlias = Callable[[], Route]
 
 
 class ServedModel(Protocol):
@@ -55,18 +62,6 @@ class ServedModel(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def config(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Avoided:
-    """Why routes avoid a peer, and until when in the loop's time.
-
-    A peer that is warming up is avoided only as long as it announces what it `said` then.
-    """
-
-    until: float
-    reason: str
-    said: Announcement | None = None
 
 
 class Routes:
@@ -88,91 +83,179 @@ class Routes:
         self._transport = transport
         self._model = model
         self._on_waiting = on_waiting
-        self._avoided: dict[PeerId, Avoided] = {}
+        self._experience = Experience()
+        self._viewed: list[Announcement] = []
+        self._view = View.of(self._viewed)
 
-    def find(self, tokens: int = 1) -> Route:
-        """The fastest route now for a session of `tokens` tokens.
+    def find(self, tokens: int = 1, demand: Demand = ONE_TOKEN) -> Route:
+        """The fastest route now for a session of `tokens` tokens that is going to ask for `demand`.
+
+        It leads through suspects only where there is nobody else.
 
         Raises:
             NoRoute: some blocks have no server with room.
         """
-        announcements = self._directory.announcements
-        self._forget_avoided(announcements)
-        return find_route(
-            announcements,
-            self._model.num_blocks,
-            costs=Costs(rtt=self._directory.rtt),
-            model=self._model.name,
-            tokens=tokens,
-            excluded={peer: avoided.reason for peer, avoided in self._avoided.items()},
-            woken=[peer for peer, avoided in self._avoided.items() if avoided.said is not None],
-        )
+        return self._find(self._whole, tokens, demand, self.costs())
 
-    async def wait(self, tokens: int = 1) -> Route:
+    async def wait(self, tokens: int = 1, demand: Demand = ONE_TOKEN) -> Route:
         """`find`, waited for up to `timeout` seconds.
 
         Raises:
             NoRoute: none came up.
         """
 
-        async def found() -> Route:
-            return self.find(tokens)
+        def find() -> Route:
+            return self.find(tokens, demand)
 
-        await self.until_routed(found, tokens)
+        await self._until_found(find, self.timeout)
         await self._directory.wait_for(self._knows_distances, RTT_PATIENCE)
-        return self.find(tokens)
+        return find()
+
+    async def detour(
+        self, span: Span, tokens: int, *, like: Announcement, timeout: float, demand: Demand = ONE_TOKEN
+    ) -> tuple[Hop, ...]:
+        """The fastest hops through the blocks of `span` alone, waited for up to `timeout` seconds.
+
+        They compute in the dtype and quantization of `like` if such are to be had that have not failed. A
+        suspect that is the only one is given a rest, the longer the more often it has failed.
+
+        Raises:
+            NoRoute: none came up.
+        """
+
+        def find() -> Route:
+            return self._find(span, tokens, demand, self.costs(like))
+
+        return (await self._until_found(find, timeout)).hops
+
+    def better(self, route: Route, demand: Demand) -> Route | None:
+        """Another route that a session on `route` is clearly better off on, None if there is none.
+
+        Both are judged by what is announced and known now. A token must take `CLEARLY` less, and all of
+        `demand.new_tokens` must save more than it costs to move: to open the session there and to run the
+        `demand.prompt_tokens` that it holds once more.
+        """
+        present = self._as_announced(route)
+        if present is None:
+            return None
+        costs = self.costs()
+        try:
+            other = self._find(self._whole, demand.prompt_tokens + demand.new_tokens, demand, costs)
+        except NoRoute:
+            return None
+        here, there = estimate(present, costs, demand), estimate(other.visits, costs, demand)
+        saved = (here.token - there.token) * demand.new_tokens
+        is_clear = there.token <= here.token * (1 - CLEARLY)
+        return other if is_clear and saved > there.first_token + there.token else None
+
+    def demand(self, prompt_tokens: int, new_tokens: int, rows: int = 1) -> Demand:
+        """What a session of this model asks of a route, its activations in float32."""
+        return Demand(prompt_tokens, new_tokens, self._model.hidden_size * FLOAT32_BYTES, rows)
+
+    def costs(self, like: Announcement | None = None) -> Costs:
+        """What this client has learned of peers; those that compute otherwise than `like` cost more."""
+        others = []
+        if like is not None:
+            announcements = self._directory.announcements
+            others = [server.peer_id for server in announcements if _form(server) != _form(like)]
+        return self._experience.costs(self._directory.rtt, self._now(), others)
+
+    def may_push(self, source: PeerId, target: PeerId) -> bool:
+        """Whether `source` is to be asked to send straight to `target`."""
+        return self._experience.may_push(source, target, self._now())
+
+    def push_failed(self, source: PeerId, target: PeerId) -> None:
+        """`source` could not reach `target`: for some minutes that edge leads through the client."""
+        self._experience.push_failed(source, target, self._now())
+
+    def succeeded(self, hop: Hop, tokens: int, queue_ms: float, compute_ms: float) -> None:
+        """`hop` ran a step of `tokens` tokens: it is forgiven a little, and its times are remembered."""
+        self._experience.succeeded(hop, tokens, queue_ms / 1000, compute_ms / 1000, self._now())
 
     def judge(self, fault: HopError) -> None:
-        """Hear of a hop that failed, so that routes avoid it for a while.
+        """Hear of a hop that failed: faults are held against it, lack of room makes routes avoid it.
 
         Raises:
             TransportError: it was not the peer's fault: this client's own network has failed.
         """
-        if self.failure is not None:
-            raise self.failure
-        if isinstance(fault, RemoteFault) and not isinstance(fault, SessionLost):
-            logger.info("avoiding peer %s: it %s", fault.hop.peer, fault.reason)
-            self._avoid(fault, FAULT_AVOIDED)
-        elif isinstance(fault, WarmingUp):
-            self._avoid(fault, fault.retry_after or BUSY_AVOIDED, said=fault.hop.announcement)
-        elif isinstance(fault, NoCapacity):
-            self._avoid(fault, fault.retry_after or BUSY_AVOIDED)
+        self._judge(fault, was_open=True)
 
     def judge_opening(self, fault: HopError) -> None:
-        """`judge`, where a stream that ends at once is the peer's refusal."""
-        self.judge(fault)
-        if isinstance(fault, SessionLost):
-            self._avoid(fault, BUSY_AVOIDED)
+        """`judge`, where a stream that ends at once is no idle session's."""
+        self._judge(fault, was_open=False)
 
     async def until_routed(self, attempt: Callable[[], Awaitable[T]], tokens: int) -> T:
         """Repeat `attempt`, which needs a route for `tokens`, until it succeeds or the time is up.
 
-        Meanwhile other peers are asked, and woken where they sleep.
+        Meanwhile other peers are asked, and woken where they sleep. Where there are only suspects, each is
+        given a rest, the longer the more often it has failed.
 
         Raises:
             NoRoute, RemoteFault, NoCapacity: as the last attempt.
+            RequestRefused: nobody else could be asked.
         """
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.timeout
+        deadline = self._now() + self.timeout
         while True:
             try:
                 return await attempt()
+            except RequestRefused:
+                if _found(lambda: self.find(tokens)) is None or self._now() >= deadline:
+                    raise
+                continue
             except (NoRoute, RemoteFault, NoCapacity) as error:
-                if clock() >= deadline:
+                if self._now() >= deadline:
                     raise
                 reason = error
             if isinstance(reason, NoRoute):
-                await self._wait_for_route(reason, tokens, deadline - clock())
+                await self._wait_for_route(reason, lambda: self.find(tokens), deadline)
+            else:
+                await self._let_rest(lambda: self.find(tokens), deadline)
 
-    async def _wait_for_route(self, reason: NoRoute, tokens: int, patience: float) -> None:
-        """Wait a moment, `patience` seconds at most, for a route that there is not for `reason`."""
+    async def _until_found(self, find: Find, timeout: float) -> Route:
+        """`find`, again and again for up to `timeout` seconds; through who rests only once that is over.
+
+        Raises:
+            NoRoute: none came up.
+        """
+        deadline = self._now() + timeout
+        while True:
+            try:
+                route = find()
+            except NoRoute as reason:
+                if self._now() >= deadline:
+                    raise
+                await self._wait_for_route(reason, find, deadline)
+                continue
+            if self._is_rested(route) or self._now() >= deadline:
+                return route
+            await self._let_rest(find, deadline)
+
+    async def _wait_for_route(self, reason: NoRoute, find: Find, deadline: float) -> None:
+        """Wait a moment, not beyond `deadline`, for a route that there is not for `reason`."""
         if reason.to_wake:
             self._on_waiting(reason)
-            timeout = min(WAKING_PATIENCE, patience)
+            timeout = min(WAKING_PATIENCE, deadline - self._now())
             await concurrently(*(self._wake(server, timeout) for server in reason.to_wake))
-        pause = min(ROUTE_PAUSE, patience)
-        if not await self._directory.wait_for(lambda: self._may_route(tokens), pause) and not reason.to_wake:
+        pause = min(ROUTE_PAUSE, deadline - self._now())
+        is_found = await self._directory.wait_for(lambda: _found(find) is not None, pause)
+        if not is_found and not reason.to_wake:
             self._on_waiting(reason)
+
+    async def _let_rest(self, find: Find, deadline: float) -> None:
+        """Wait, not beyond `deadline`, while the best route leads through a peer that rests."""
+        route = _found(find)
+        if route is None or self._is_rested(route):
+            return
+        until = self._experience.rest_until(hop.peer for hop in route.hops)
+
+        def is_rested() -> bool:
+            better = _found(find)
+            return better is not None and self._is_rested(better)
+
+        await self._directory.wait_for(is_rested, max(0.0, min(until, deadline) - self._now()))
+
+    def _is_rested(self, route: Route) -> bool:
+        return self._experience.rest_until(hop.peer for hop in route.hops) <= self._now()
 
     async def _wake(self, server: Announcement, timeout: float) -> None:
         try:
@@ -180,26 +263,52 @@ class Routes:
         except HopError as answer:
             self.judge_opening(answer)
 
-    def _may_route(self, tokens: int) -> bool:
-        try:
-            self.find(tokens)
-        except NoRoute:
-            return False
-        return True
+    @property
+    def _whole(self) -> Span:
+        return Span(0, self._model.num_blocks)
+
+    def _find(self, span: Span, tokens: int, demand: Demand, costs: Costs) -> Route:
+        announcements = self._directory.announcements
+        if announcements != self._viewed:
+            self._viewed, self._view = announcements, View.of(announcements)
+        avoided = self._experience.avoided(announcements, self._now())
+        return find_route(
+            self._view,
+            span,
+            costs=costs,
+            demand=demand,
+            model=self._model.name,
+            tokens=tokens,
+            excluded={peer: one.reason for peer, one in avoided.items()},
+            woken=[peer for peer, one in avoided.items() if one.said is not None],
+        )
+
+    def _as_announced(self, route: Route) -> list[tuple[Announcement, Span]] | None:
+        """The hops of `route` by what their peers announce now; None if one does not serve its span."""
+        serving = {one.peer_id: one for one in self._directory.announcements if one.state == "serving"}
+        said = [(serving.get(hop.peer), hop.span) for hop in route.hops]
+        present = [(one, span) for one, span in said if one is not None and one.span.covers(span)]
+        return present if len(present) == len(said) else None
 
     def _knows_distances(self) -> bool:
         serving = (server for server in self._directory.announcements if server.state == "serving")
         return all(self._directory.rtt(server.peer_id) is not None for server in serving)
 
-    def _avoid(self, fault: HopError, seconds: float, said: Announcement | None = None) -> None:
-        until = asyncio.get_running_loop().time() + seconds
-        self._avoided[fault.hop.peer] = Avoided(until, fault.reason, said)
+    def _judge(self, fault: HopError, *, was_open: bool) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self._experience.failed(fault, self._now(), was_open=was_open)
 
-    def _forget_avoided(self, announcements: Sequence[Announcement]) -> None:
-        """Forget what is over by now, of peers of which these are the announcements."""
-        now, said = asyncio.get_running_loop().time(), {server.peer_id: server for server in announcements}
-        self._avoided = {
-            peer: avoided
-            for peer, avoided in self._avoided.items()
-            if avoided.until > now and avoided.said in (None, said.get(peer))
-        }
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _found(find: Find) -> Route | None:
+    try:
+        return find()
+    except NoRoute:
+        return None
+
+
+def _form(server: Announcement) -> tuple[str, str]:
+    return server.dtype, server.quantization

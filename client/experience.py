@@ -1,0 +1,121 @@
+"""What one client has learned of peers from how they answered it, and what that makes of their costs.
+
+Owns faults, lack of room, edges that do not push, and how long steps took. Pure with `now` passed in, in
+seconds of any clock. Must not know what is announced, nor of routes.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from swarm.client.blame import FAULT, LIGHT, Blame
+from swarm.client.costs import Costs
+from swarm.client.faults import (
+    HopError,
+    NoCapacity,
+    RemoteFault,
+    RequestRefused,
+    SessionLost,
+    WarmingUp,
+)
+from swarm.client.observed import Observed
+from swarm.client.route import Hop
+from swarm.dht.announcement import Announcement
+from swarm.net.transport import PeerId
+
+logger = logging.getLogger(__name__)
+
+BUSY_AVOIDED = 2.0
+"""Seconds for which a peer is avoided after it had no room and gave no time."""
+
+REFUSING_AVOIDED = 5.0
+"""Seconds in which others are asked instead of who found a request wrong: others may understand it."""
+
+PUSH_AVOIDED = 300.0
+"""Seconds in which an edge that could not push is not asked to again."""
+
+SUSPECT_SECONDS = 1e5
+"""What each strike against a suspect is taken to cost a session: more than all that a server announces."""
+
+OTHER_FORM_SECONDS = SUSPECT_SECONDS / 2
+"""What it is taken to cost that a server computes in another dtype or quantization than the one it replaces.
+
+Answers may differ then: that is worse than a peer that may have been within its rights when it ended a
+session, and better than one that has failed.
+"""
+
+
+@dataclass(frozen=True)
+class Avoided:
+    """Why a peer is avoided, and until when.
+
+    One that is warming up is avoided only as long as it announces what it `said` then.
+    """
+
+    until: float
+    reason: str
+    said: Announcement | None = None
+
+
+class Experience:
+    """How peers have answered one client."""
+
+    def __init__(self) -> None:
+        self._blame = Blame()
+        self._observed = Observed()
+        self._avoided: dict[PeerId, Avoided] = {}
+        self._no_push: dict[tuple[PeerId, PeerId], float] = {}
+
+    def failed(self, fault: HopError, now: float, *, was_open: bool) -> None:
+        """A hop has failed. Faults count against it; lack of room, or finding a request wrong, does not.
+
+        A session that ended after it `was_open` may have been idle for long, which hardly counts.
+        """
+        peer = fault.hop.peer
+        if isinstance(fault, RemoteFault):
+            logger.info("peer %s is suspect: it %s", peer, fault.reason)
+            is_light = was_open and isinstance(fault, SessionLost)
+            self._blame.fault(peer, now, LIGHT if is_light else FAULT)
+        elif isinstance(fault, NoCapacity):
+            said = fault.hop.announcement if isinstance(fault, WarmingUp) else None
+            until = now + (fault.retry_after or BUSY_AVOIDED)
+            self._avoided[peer] = Avoided(until, fault.reason, said)
+        elif isinstance(fault, RequestRefused):
+            self._avoided[peer] = Avoided(now + REFUSING_AVOIDED, fault.reason)
+
+    def succeeded(self, hop: Hop, tokens: int, queue: float, compute: float, now: float) -> None:
+        """`hop` ran `tokens` tokens in `compute` seconds, after `queue` seconds."""
+        self._blame.success(hop.peer, now)
+        self._observed.step(hop.announcement, hop.span, tokens, queue, compute, now)
+
+    def push_failed(self, source: PeerId, target: PeerId, now: float) -> None:
+        logger.info("peer %s cannot push to peer %s", source, target)
+        self._no_push[source, target] = now + PUSH_AVOIDED
+
+    def may_push(self, source: PeerId, target: PeerId, now: float) -> bool:
+        return source != target and self._no_push.get((source, target), now) <= now
+
+    def rest_until(self, peers: Iterable[PeerId]) -> float:
+        """Before this time not all of `peers` are to be tried, even where there are no others."""
+        return max(map(self._blame.rests_until, peers), default=0.0)
+
+    def avoided(self, announcements: Iterable[Announcement], now: float) -> dict[PeerId, Avoided]:
+        """Who is not to be asked at `now`, of peers of which these are the announcements."""
+        said = {server.peer_id: server for server in announcements} if self._avoided else {}
+        self._avoided = {
+            peer: avoided
+            for peer, avoided in self._avoided.items()
+            if avoided.until > now and avoided.said in (None, said.get(peer))
+        }
+        return self._avoided
+
+    def costs(
+        self, rtt: Callable[[PeerId], float | None], now: float, others: Collection[PeerId] = ()
+    ) -> Costs:
+        """What peers cost at `now`, at measured distances `rtt`; `others` compute in another form."""
+        self._blame.forget(now)
+        self._no_push = {edge: until for edge, until in self._no_push.items() if now < until}
+        penalties = {peer: strikes * SUSPECT_SECONDS for peer, strikes in self._blame.suspects(now).items()}
+        for peer in others:
+            penalties[peer] = penalties.get(peer, 0.0) + OTHER_FORM_SECONDS
+        return Costs(rtt, broken=frozenset(self._no_push), seen=self._observed.at(now), penalties=penalties)
