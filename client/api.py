@@ -1,14 +1,18 @@
 """The library's front door: `connect` for async code, `connect_sync` for scripts and notebooks."""
 
+import asyncio
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from swarm.client.blocking import BlockingSwarm
+from swarm.client.draft_model import DraftModel
 from swarm.client.facade import PAGE_SECRET, Chat, Swarm
 from swarm.client.generation import Generation, TextStream
 from swarm.client.joining import OnProgress, join_with_model
+from swarm.client.options import SessionKeywords, SessionOptions
 from swarm.client.routes import OnWaiting
 
 __all__ = ["BlockingSwarm", "Chat", "Generation", "Swarm", "TextStream", "connect", "connect_sync"]
@@ -40,8 +44,10 @@ def connect(
     timeout: float = 60.0,
     identity: Path | str | None = None,
     dtype: str = "auto",
+    draft_model: str | None = None,
     on_waiting: OnWaiting = lambda reason: None,
     on_progress: OnProgress | None = None,
+    **sessions: Unpack[SessionKeywords],
 ) -> Connecting:
     """Join the swarm of `initial_peers` and wait until its servers cover `model`.
 
@@ -53,14 +59,18 @@ def connect(
         timeout: seconds that a route through all blocks is waited for, now and for each session.
         identity: the file with this peer's key; a new identity each time without one.
         dtype: of embeddings and head on this machine, as for a server.
+        draft_model: a small model with the same vocabulary, named as `model` is, that runs on this machine
+            and drafts tokens for the swarm to verify; without one, drafts come from the text before.
         on_waiting: called with the reason while there is no route yet.
         on_progress: called, from any thread, with the stage of finding the model and its done fraction.
+        sessions: how sessions travel: see `swarm.client.options.SessionOptions`.
 
     Raises:
-        InputError: the model or an address cannot be used.
+        InputError: an option, the model, the draft model or an address cannot be used.
         NoRoute: within `timeout` no route came up; says what is missing and who is loading.
         SwarmError: no initial peer can be reached.
     """
+    options = SessionOptions(**sessions)
     peers = (initial_peers,) if isinstance(initial_peers, str) else tuple(initial_peers)
 
     async def joined() -> Swarm:
@@ -68,6 +78,11 @@ def connect(
             network, found, head = await join_with_model(
                 stack, peers, model, identity=identity, dtype=dtype, on_progress=on_progress
             )
+            drafts = None
+            if draft_model is not None:
+                load = partial(DraftModel.load, draft_model, head.tokenizer, found.vocab_size)
+                drafts = await asyncio.to_thread(load)
+                stack.callback(drafts.close)
             swarm = Swarm(
                 network.transport,
                 network.store,
@@ -75,6 +90,8 @@ def connect(
                 head,
                 secret=network.identity.secret(PAGE_SECRET),
                 timeout=timeout,
+                sessions=options,
+                draft_model=drafts,
                 on_waiting=on_waiting,
                 resources=stack.pop_all(),
             )
@@ -94,8 +111,10 @@ def connect_sync(
     timeout: float = 60.0,
     identity: Path | str | None = None,
     dtype: str = "auto",
+    draft_model: str | None = None,
     on_waiting: OnWaiting = lambda reason: None,
     on_progress: OnProgress | None = None,
+    **sessions: Unpack[SessionKeywords],
 ) -> BlockingSwarm:
     """`connect` for code that is not async; works where an event loop already runs, as in a notebook.
 
@@ -110,8 +129,10 @@ def connect_sync(
             timeout=timeout,
             identity=identity,
             dtype=dtype,
+            draft_model=draft_model,
             on_waiting=on_waiting,
             on_progress=on_progress,
+            **sessions,
         )
 
     return BlockingSwarm(joined)

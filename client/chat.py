@@ -170,9 +170,11 @@ def on_signal(number: signal.Signals, react: Callable[[], None]) -> Iterator[Non
 
 
 def summary(answer: "Generation") -> str:
-    """Route, speed and time to the first token of an answer, on one line."""
+    """Route, speed, time to the first token of an answer, and what drafts did for it, on one line."""
     hops = " → ".join(hop.label for hop in answer.route)
-    return f"{hops} · {answer.tokens_per_s:.1f} tokens/s · first token after {answer.ttft_ms:.0f} ms"
+    drafts = answer.speculation
+    drafted = f" · {drafts.accepted} of {drafts.drafted} drafted tokens right" if drafts.drafted else ""
+    return f"{hops} · {answer.tokens_per_s:.1f} tokens/s · first token after {answer.ttft_ms:.0f} ms{drafted}"
 
 
 def route_text(answer: "Generation") -> str:

@@ -5,19 +5,16 @@ session when it needs one, and another when the sequence outgrows it.
 """
 
 import asyncio
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from swarm.client.faults import RemoteFault
 from swarm.client.session import Session
+from swarm.client.speculation import StepPace
 from swarm.errors import InputError, SwarmError
-
-logger = logging.getLogger(__name__)
 
 
 class OpenSession(Protocol):
@@ -29,17 +26,25 @@ class OpenSession(Protocol):
     async def __call__(self, tokens: Sequence[int], *, needed: int, wished: int) -> Session: ...
 
 
-Outcome: TypeAlias = Tensor | int
-"""What a step gives of its last token: its hidden state [1, hidden], or the likeliest token after it."""
+IsOutdone: TypeAlias = Callable[[Session, int, int], bool]
+"""Whether a turn of so many prompt tokens and new ones is clearly better off in another session."""
+
+Outcome: TypeAlias = Tensor | list[int]
+"""What a step gives of its last tokens: hidden states [rows, hidden], or the likeliest token after each."""
+
+
+WHOLE_PROMPT_CHUNK = 512
+"""Tokens a step of a prompt has whose outcome is wanted for all of them."""
 
 
 class Begun(NamedTuple):
-    """The start of an answer: its turn, and the outcome of the prompt's last token.
+    """The start of an answer: its turn, its session, and the outcome of the prompt's last token, or of all.
 
     `cached_tokens` of the prompt were held by the hops already.
     """
 
     turn: int
+    session: Session
     outcome: Outcome
     cached_tokens: int
 
@@ -60,17 +65,26 @@ class Conversation:
     """One sequence that grows turn by turn. One answer at a time: a new one supersedes the one before.
 
     `context` is the most tokens the model can take, `room` how many a session is opened for at least.
-    `stepped` counts the tokens that were sent through the hops.
+    `stepped` counts the tokens that were sent through the hops; `pace` is what decode steps take.
     """
 
     def __init__(
-        self, ends: Ends, compute: Executor, open_session: OpenSession, *, context: int, room: int = 0
+        self,
+        ends: Ends,
+        compute: Executor,
+        open_session: OpenSession,
+        *,
+        context: int,
+        room: int = 0,
+        is_outdone: IsOutdone = lambda session, prompt_tokens, new_tokens: False,
     ):
+        self.context = context
         self.stepped = 0
+        self.pace = StepPace()
         self._ends = ends
         self._compute = compute
         self._open_session = open_session
-        self._context = context
+        self._is_outdone = is_outdone
         self._room = room
         self._session: Session | None = None
         self._turn = 0
@@ -82,10 +96,13 @@ class Conversation:
         """The open session, None where there is none."""
         return self._session if self._session and self._session.is_open else None
 
-    async def begin(self, prompt: Sequence[int], max_new_tokens: int, *, likeliest: bool = False) -> Begun:
+    async def begin(
+        self, prompt: Sequence[int], max_new_tokens: int, *, likeliest: bool = False, whole: bool = False
+    ) -> Begun:
         """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
 
         If the `likeliest` tokens are wanted, the last hop may choose them itself, in all steps of the answer.
+        With `whole` the outcome is that of all the prompt's tokens, hidden states [prompt, hidden].
 
         Raises:
             InputError: the prompt is empty or leaves no room in the model's context.
@@ -95,23 +112,34 @@ class Conversation:
         turn = self._turn
         if not prompt:
             raise InputError("The prompt is empty.", "Say something to the model.")
-        if len(prompt) >= self._context:
+        if len(prompt) >= self.context:
             raise InputError(
-                f"The prompt has {len(prompt)} tokens; this model takes fewer than {self._context}.",
+                f"The prompt has {len(prompt)} tokens; this model takes fewer than {self.context}.",
                 "Shorten it, or begin a new conversation.",
             )
         async with self._lock:
-            was_kept = self.session is not None
-            try:
-                return await self._hold(turn, prompt, max_new_tokens)
-            except RemoteFault as fault:
-                if not was_kept:
-                    raise
-                logger.info("the kept session has ended, opening another: %s", fault)
-            return await self._hold(turn, prompt, max_new_tokens)
+            session = await self._session_for(prompt, max_new_tokens)
+            if whole:
+                return Begun(turn, session, await self._whole(session, prompt), 0)
+            start = min(_common_prefix(prompt, session.tokens), len(prompt) - 1)
+            outcome = await self._step(session, list(prompt[start:]), start, rows=1)
+            return Begun(turn, session, outcome, start)
 
-    async def append(self, turn: int, token: int, embedded: Tensor | None) -> Outcome:
-        """One decode step. `embedded` [1, hidden] may be None where the session takes token ids.
+    async def _whole(self, session: Session, prompt: Sequence[int]) -> Tensor:
+        """Hidden states [prompt, hidden]: none can be taken from what the hops have kept."""
+        self._likeliest = False
+        parts = []
+        for at in range(0, len(prompt), WHOLE_PROMPT_CHUNK):
+            chunk = list(prompt[at : at + WHOLE_PROMPT_CHUNK])
+            part = await self._step(session, chunk, at, rows=len(chunk))
+            assert isinstance(part, Tensor)
+            parts.append(part)
+        return torch.cat(parts)
+
+    async def append(self, turn: int, tokens: Sequence[int], seq_pos: int) -> Outcome:
+        """One decode step of `tokens` from position `seq_pos` on, forgetting what was there and after.
+
+        Gives an outcome for each token.
 
         Raises:
             Superseded: another answer has begun since.
@@ -119,51 +147,41 @@ class Conversation:
         async with self._lock:
             if turn != self._turn or self.session is None:
                 raise Superseded("This answer was given up for another one.")
-            return await self._step(self.session, [token], len(self.session.tokens), embedded)
-
-    def has_room(self, tokens: int) -> bool:
-        """Whether the sequence may have `tokens` tokens, the last of them not stepped."""
-        return tokens <= self._context
+            return await self._step(self.session, list(tokens), seq_pos, rows=len(tokens))
 
     async def close(self) -> None:
         self._turn += 1
+        await self._leave_session()
+
+    async def _leave_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
 
-    async def _hold(self, turn: int, prompt: Sequence[int], max_new_tokens: int) -> Begun:
-        """Bring the hops to hold `prompt`."""
-        session = await self._session_for(prompt, min(len(prompt) + max_new_tokens, self._context))
-        start = min(_common_prefix(prompt, session.tokens), len(prompt) - 1)
-        rest = list(prompt[start:])
-        embedded = None if session.takes_token_ids else await self._embed(rest)
-        return Begun(turn, await self._step(session, rest, start, embedded), start)
+    async def _step(self, session: Session, tokens: list[int], seq_pos: int, rows: int) -> Outcome:
+        embedded = None if session.takes_token_ids else await self._embed(tokens)
+        tells = self._likeliest and session.gives_token_ids
+        step = session.next_tokens if tells else session.step
+        outcome: Outcome = await step(tokens, seq_pos, embedded, rows)
+        self.stepped += len(tokens)
+        return outcome
 
     async def _embed(self, tokens: list[int]) -> Tensor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._compute, self._ends.embed, torch.tensor(tokens))
 
-    async def _step(
-        self, session: Session, tokens: list[int], seq_pos: int, embedded: Tensor | None
-    ) -> Outcome:
-        outcome: Outcome
-        if self._likeliest and session.gives_token_ids:
-            outcome = await session.next_token(tokens, seq_pos, embedded)
-        else:
-            outcome = (await session.step(tokens, seq_pos, embedded))[-1:]
-        self.stepped += len(tokens)
-        return outcome
+    async def _session_for(self, prompt: Sequence[int], max_new_tokens: int) -> Session:
+        """The session; where there is none, too small a one, or another route is clearly better, another.
 
-    async def _session_for(self, prompt: Sequence[int], tokens: int) -> Session:
-        """The session; where there is none, or too small a one, another, which begins with what is kept."""
-        session = self.session
-        if session is not None and tokens <= session.max_tokens:
+        That one begins with what the hops have kept.
+        """
+        session, tokens = self.session, min(len(prompt) + max_new_tokens, self.context)
+        is_enough = session is not None and tokens <= session.max_tokens
+        if session is not None and is_enough and not self._is_outdone(session, len(prompt), max_new_tokens):
             return session
-        grown = max(tokens, self._room, 2 * session.max_tokens if session else 0)
-        if session is not None:
-            await session.close()
-        self._session = None
-        self._session = await self._open_session(prompt, needed=tokens, wished=min(grown, self._context))
+        grown = max(tokens, self._room, 0 if session is None or is_enough else 2 * session.max_tokens)
+        await self._leave_session()
+        self._session = await self._open_session(prompt, needed=tokens, wished=min(grown, self.context))
         return self._session
 
 

@@ -1,31 +1,29 @@
-"""Generation: from a prompt's tokens to an answer's text, token by token.
+"""Generation: from a prompt's tokens to an answer's text, piece by piece.
 
-Owns when an answer ends and what is reported of it. The conversation moves hidden states; embeddings,
-head and sampling run on one compute thread, in one trip a token. Where the likeliest token is wanted, and
-the last hop tells it, none of these is needed.
+Owns what is told of an answer while it is written, and what is reported of it. The tokens come from
+`decoding`; when they end, and what text they are, `answer` knows.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
-from swarm.client.conversation import Conversation, Ends, Outcome
+from swarm.client.answer import Answer, FinishReason, TextEnds
+from swarm.client.conversation import Conversation
+from swarm.client.decoding import Decoding, NewDrafter, Scoring
+from swarm.client.drafting import prompt_lookup
 from swarm.client.leg import HopTimes
 from swarm.client.options import GenerationOptions
 from swarm.client.route import Hop
 from swarm.client.sampling import Sampler
-from swarm.client.text import Detokenizer, StopScanner
+from swarm.client.scores import TokenScore
+from swarm.client.speculation import SpeculationReport
 from swarm.errors import InputError
 from swarm.spans import Span
-
-FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,22 @@ class HopReport:
 
 
 @dataclass(frozen=True)
+class ShownToken:
+    """A token of an answer's text, which begins with its character `offset`; its score, if that is wanted."""
+
+    token: int
+    offset: int
+    score: TokenScore | None = None
+
+
+@dataclass(frozen=True)
 class Generation:
     """A finished answer. `token_ids` are the new tokens alone, an end-of-text token included.
 
     `ttft_ms` is the time to the first token, the opening of the session included; `tokens_per_s` the
-    rate of the tokens after it. The hops held `cached_tokens` of the
-    prompt's tokens already.
+    rate of the tokens after it. The hops held `cached_tokens` of the prompt's tokens already. Lost hops were
+    replaced `recoveries` times, for which `replayed_tokens` were sent again; `journal_bytes` are what the
+    session keeps to be able to. `prompt_scores` are those of the prompt's tokens from the second on.
     """
 
     text: str
@@ -67,6 +75,10 @@ class Generation:
     route: tuple[HopReport, ...]
     recoveries: int = 0
     cached_tokens: int = 0
+    replayed_tokens: int = 0
+    journal_bytes: int = 0
+    speculation: SpeculationReport = field(default_factory=SpeculationReport)
+    prompt_scores: tuple[TokenScore, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The contract of `--json`."""
@@ -90,7 +102,10 @@ class Generation:
                 }
                 for hop in self.route
             ],
+            "speculation": self.speculation.as_json(),
             "recoveries": self.recoveries,
+            "replayed_tokens": self.replayed_tokens,
+            "journal_bytes": self.journal_bytes,
         }
 
 
@@ -103,22 +118,28 @@ class TextStream:
     def __init__(
         self,
         conversation: Conversation,
-        ends: "TextEnds",
+        ends: TextEnds,
         compute: Executor,
         prompt: Sequence[int],
         options: GenerationOptions,
         *,
+        drafter: NewDrafter = prompt_lookup,
         is_last: bool = False,
         on_end: Callable[[Generation], None] = lambda answer: None,
         clock: Callable[[], float],
     ):
-        """`is_last` closes the conversation after this answer; `on_end` is told a finished answer."""
+        """`is_last` closes the conversation after this answer; `on_end` is told a finished answer.
+
+        `drafter` makes what drafts tokens, if the options want that.
+        """
         self.generation: Generation | None = None
-        self._answer = _Answer(ends, prompt, options)
+        self._answer = Answer(ends, prompt, options, conversation.context)
         self._conversation = conversation
-        self._ends = ends
-        self._compute = compute
-        self._sampler = Sampler(options.sampling)
+        constraint = options.grammar.constraint() if options.grammar is not None else None
+        sampler = Sampler(options.sampling, first=len(prompt), constraint=constraint)
+        speculates = drafter if options.speculate else None
+        scoring = Scoring(options.logprobs, options.score_prompt) if options.logprobs is not None else None
+        self._decoding = Decoding(conversation, ends, compute, sampler, speculates, clock, scoring)
         self._is_last = is_last
         self._on_end = on_end
         self._now = clock
@@ -126,6 +147,12 @@ class TextStream:
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self._pieces
+
+    def shown_after(self, count: int) -> list[ShownToken]:
+        """The answer's tokens from number `count` on of which its text shows something by now."""
+        found = enumerate(self._answer.shown_after(count), count)
+        scores = self._decoding.scores
+        return [ShownToken(token, offset, scores[at] if scores else None) for at, (token, offset) in found]
 
     def stop(self) -> None:
         self._answer.finish("cancelled")
@@ -148,54 +175,44 @@ class TextStream:
                 async for piece in pieces:
                     yield piece
         finally:
+            self._decoding.close()
             if self._is_last:
                 await self._conversation.close()
 
     async def _write(self) -> AsyncGenerator[str, None]:
-        loop, answer, conversation = asyncio.get_running_loop(), self._answer, self._conversation
-        clock = _Clock(self._now())
-        turn, outcome, cached_tokens = await conversation.begin(
-            answer.prompt, answer.options.max_new_tokens, likeliest=self._sampler.takes_likeliest
-        )
-        session = conversation.session
-        assert session is not None
-        session.reset_times()
-        choose: Callable[[Outcome], tuple[int, Tensor | None]]
-        choose = self._choose if session.takes_token_ids else self._choose_and_embed
-        embedded: Tensor | None
-        while answer.finish_reason is None:
-            if isinstance(outcome, int) and session.takes_token_ids:
-                token, embedded = outcome, None
-            else:
-                token, embedded = await loop.run_in_executor(self._compute, choose, outcome)
-            clock.tick(self._now())
-            if piece := answer.push(token, conversation.has_room(answer.length + 2)):
-                yield piece
-            if answer.finish_reason is None:
-                outcome = await conversation.append(turn, token, embedded)
+        answer, decoding, clock = self._answer, self._decoding, _Clock(self._now())
+        chosen = [await decoding.begin(answer.prompt, answer.options.max_new_tokens)]
+        while True:
+            for token in chosen:
+                if answer.finish_reason is None:
+                    clock.tick(self._now())
+                    if piece := answer.push(token):
+                        yield piece
+            if answer.finish_reason is not None:
+                break
+            chosen = await decoding.next(answer.tokens, answer.room)
         if piece := answer.flush():
             yield piece
-        route = tuple(HopReport.of(hop, times) for hop, times in session.times())
-        self.generation = answer.generation(clock, route, cached_tokens)
+        self.generation = self._report(clock, answer.finish_reason)
         self._on_end(self.generation)
 
-    def _choose(self, outcome: Outcome) -> tuple[int, None]:
-        """The next token, which needs no embedding; runs on the compute thread."""
-        if isinstance(outcome, int):
-            return outcome, None
-        return self._sampler.choose(self._answer.tokens, self._ends.logits(outcome)[-1]), None
-
-    def _choose_and_embed(self, outcome: Outcome) -> tuple[int, Tensor]:
-        """The next token and its embedding [1, hidden]; runs on the compute thread."""
-        token, _ = self._choose(outcome)
-        return token, self._ends.embed(torch.tensor([token]))
-
-
-class TextEnds(Ends, Protocol):
-    """The ends of a model with its tokenizer, as `swarm.blocks.head.Head` has them."""
-
-    tokenizer: Any
-    generation_config: Any
+    def _report(self, clock: "_Clock", reason: FinishReason) -> Generation:
+        answer, session, losses = self._answer, self._decoding.session, self._decoding.losses
+        return Generation(
+            text=answer.text,
+            token_ids=answer.new_tokens,
+            prompt_tokens=len(answer.prompt),
+            finish_reason=reason,
+            ttft_ms=clock.ttft_ms,
+            tokens_per_s=clock.tokens_per_s,
+            route=tuple(HopReport.of(hop, times) for hop, times in session.times()),
+            recoveries=losses.recoveries,
+            cached_tokens=self._decoding.cached_tokens,
+            replayed_tokens=losses.replayed_tokens,
+            journal_bytes=session.journal_bytes,
+            speculation=self._decoding.report,
+            prompt_scores=tuple(self._decoding.prompt_scores),
+        )
 
 
 @dataclass
@@ -224,70 +241,8 @@ class _Clock:
         return (self.ticks - 1) / (self.last - self.first)
 
 
-class _Answer:
-    """The answer so far: its tokens, its text, and why it ended."""
-
-    def __init__(self, ends: TextEnds, prompt: Sequence[int], options: GenerationOptions):
-        self.prompt = tuple(prompt)
-        self.tokens = list(prompt)
-        self.options = options
-        self.finish_reason: FinishReason | None = None
-        self._eos = frozenset() if options.ignore_eos else end_tokens(ends)
-        self._detokenizer = Detokenizer(ends.tokenizer)
-        self._scanner = StopScanner(options.stop)
-        self._text = ""
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    def finish(self, reason: FinishReason) -> None:
-        if self.finish_reason is None:
-            self.finish_reason = reason
-
-    def push(self, token: int, has_room: bool) -> str:
-        """Take the next token; what of the text may be shown now. `has_room`: another token would fit."""
-        self.tokens.append(token)
-        if token in self._eos:
-            self.finish("stop")
-            return ""
-        shown = self._scanner.push(self._detokenizer.push(token))
-        if self._scanner.has_stopped:
-            self.finish("stop")
-        elif not has_room or len(self.tokens) - len(self.prompt) >= self.options.max_new_tokens:
-            self.finish("length")
-        self._text += shown
-        return shown
-
-    def flush(self) -> str:
-        if self._scanner.has_stopped:
-            return ""
-        shown = self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
-        self._text += shown
-        return shown
-
-    def generation(self, clock: _Clock, route: tuple[HopReport, ...], cached_tokens: int) -> Generation:
-        return Generation(
-            text=self._text,
-            token_ids=tuple(self.tokens[len(self.prompt) :]),
-            prompt_tokens=len(self.prompt),
-            finish_reason=self.finish_reason or "cancelled",
-            ttft_ms=clock.ttft_ms,
-            tokens_per_s=clock.tokens_per_s,
-            route=route,
-            cached_tokens=cached_tokens,
-        )
-
-
-def end_tokens(ends: TextEnds) -> frozenset[int]:
-    """The tokens that end an answer, by the model's generation config and its tokenizer."""
-    configured = ends.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list | tuple) else [configured]
-    return frozenset(token for token in (*listed, ends.tokenizer.eos_token_id) if token is not None)
-
-
-def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation, up to where the model's answer begins.
+def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]], **template: Any) -> list[int]:
+    """The tokens of a conversation, up to where the model's answer begins; its template is told `template`.
 
     Raises:
         InputError: the model has no chat template, or its template refuses these messages.
@@ -295,7 +250,9 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     if not tokenizer.chat_template:
         raise InputError("This model has no chat template.", "Give the text itself to continue, with --raw.")
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **template
+        )
     except (TypeError, ValueError, KeyError, TemplateError) as error:
         raise InputError(
             f"The model's chat template refuses these messages: {error}.",

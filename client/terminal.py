@@ -35,8 +35,13 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
             args.model,
             timeout=args.timeout,
             identity=args.identity,
+            draft_model=getattr(args, "draft_model", None),
             on_progress=Stages(progress),
             on_waiting=waiting_reporter(quiet=args.json),
+            push=args.push,
+            wire=args.wire,
+            journal_memory=args.journal_memory,
+            journal_disk=args.journal_disk,
         )
     async with swarm:
         yield swarm
@@ -71,8 +76,8 @@ def answer_options(args: argparse.Namespace) -> Options:
         "seed": args.seed,
         "stop": args.stop,
         "ignore_eos": getattr(args, "ignore_eos", False),
+        "speculate": args.speculate,
     }
-
     generation_options(options)
     return options
 

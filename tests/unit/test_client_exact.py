@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
+from swarm.client.draft_model import DraftModel
 from swarm.client.facade import Swarm
-from swarm.client.generation import GenerationOptions
+from swarm.client.options import GenerationOptions, SamplingOptions
 from swarm.dht.announcement import Announcement, ModelEntry
 from swarm.dht.announcer import Announcer
 from swarm.dht.memory import MemoryStore
@@ -23,7 +25,7 @@ from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.server.cell import ShardCell
 from swarm.server.sessions import Sessions
 from swarm.spans import Span
-from tests.tiny import greedy, tiny_checkpoint
+from tests.tiny import greedy, tiny_checkpoint, tiny_model
 
 SPANS = (Span(0, 2), Span(2, 3), Span(3, 6))
 PROMPT = [1, 5, 9, 9, 30, 77, 64, 12, 100, 3, 45]
@@ -36,7 +38,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @asynccontextmanager
-async def serving(model: Model) -> AsyncIterator[Swarm]:
+async def serving(
+    model: Model, latency: float = 0.0, draft_model: DraftModel | None = None
+) -> AsyncIterator[Swarm]:
+    """A client, `latency` seconds away from the servers of `SPANS`."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     network, store = MemoryNetwork(), MemoryStore(loop.now)
@@ -51,7 +56,8 @@ async def serving(model: Model) -> AsyncIterator[Swarm]:
             await cell.fill()
             stack.callback(cell.close)
             transport = await stack.enter_async_context(network.transport(identity))
-            await transport.listen(Sessions(model.model_id, model.hidden_size, cell).on_stream)
+            await transport.listen(Sessions(model.model_id, model.hidden_size, cell, transport).on_stream)
+            network.set_link("client", identity.peer, latency=latency)
             said = Announcement(
                 peer=identity.peer,
                 model_id=model.model_id,
@@ -64,7 +70,7 @@ async def serving(model: Model) -> AsyncIterator[Swarm]:
             await Announcer(store.another(), identity, entry, period=600.0).publish(said)
         transport = await stack.enter_async_context(network.transport("client"))
         head = await asyncio.to_thread(Head.load, model, "float32")
-        swarm = await stack.enter_async_context(Swarm(transport, store, model, head))
+        swarm = await stack.enter_async_context(Swarm(transport, store, model, head, draft_model=draft_model))
         await swarm.directory.refresh()
         yield swarm
 
@@ -133,3 +139,32 @@ async def test_chat_goes_through_the_template(checkpoint: tuple[Path, Any]) -> N
         expected = greedy(whole, prompt, 6)
         assert list(answer.token_ids) == expected
         assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+SAMPLED = SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=11)
+
+
+@pytest.mark.parametrize("sampling", [SamplingOptions(), SAMPLED])
+@pytest.mark.parametrize("seed", [0, 1])
+@in_virtual_time
+async def test_drafts_over_a_slow_link_change_no_token(
+    checkpoint: tuple[Path, Any], sampling: SamplingOptions, seed: int
+) -> None:
+    """The draft model is the model itself, so nearly always right, or another one, so hardly ever."""
+    folder, whole = checkpoint
+    options = GenerationOptions(max_new_tokens=60, ignore_eos=True, sampling=sampling)
+    drafts = DraftModel(tiny_model("Llama", seed), 128)
+    async with serving(resolve(str(folder)), latency=0.05, draft_model=drafts) as swarm:
+        plain = await swarm.stream_tokens(PROMPT, replace(options, speculate=False)).result()
+        quick = await swarm.stream_tokens(PROMPT, options).result()
+    drafts.close()
+    assert plain.speculation.steps == 59
+    assert quick.token_ids == plain.token_ids
+    assert quick.speculation.drafted > 0
+    if sampling.is_greedy:
+        assert list(quick.token_ids) == greedy(whole, PROMPT, 60)
+    if seed == 0:
+        assert quick.speculation.accepted > 0.9 * quick.speculation.drafted
+        assert quick.tokens_per_s > 3 * plain.tokens_per_s
+    else:
+        assert quick.speculation.accepted < 0.5 * quick.speculation.drafted

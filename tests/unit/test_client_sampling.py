@@ -14,9 +14,13 @@ from tests.tiny import tiny_model
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
 
+def drawn(sampler: Sampler, logits: torch.Tensor, draws: int) -> list[int]:
+    """One token for each of the first `draws` positions."""
+    return [sampler.choose([5] * at, logits.clone()) for at in range(draws)]
+
+
 def seen(options: SamplingOptions, draws: int = 300) -> set[int]:
-    sampler = Sampler(options)
-    return {sampler.choose([5], LOGITS.clone()) for _ in range(draws)}
+    return set(drawn(Sampler(options), LOGITS, draws))
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
@@ -32,15 +36,15 @@ def test_top_k_top_p_and_min_p_bound_what_is_drawn() -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=7))
-    drawn = torch.tensor([sampler.choose([5], LOGITS) for _ in range(6_000)])
-    often = torch.bincount(drawn, minlength=len(LOGITS)) / len(drawn)
+    tokens = torch.tensor(drawn(sampler, LOGITS, 6_000))
+    often = torch.bincount(tokens, minlength=len(LOGITS)) / len(tokens)
     torch.testing.assert_close(often, LOGITS.softmax(-1), atol=0.02, rtol=0)
 
 
 def test_what_is_left_out_is_never_drawn() -> None:
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=7))
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
-    assert {sampler.choose([5], logits) for _ in range(1000)} == {1, 3}
+    assert set(drawn(sampler, logits, 1000)) == {1, 3}
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
@@ -57,11 +61,23 @@ def test_repetition_penalty_sees_the_prompt() -> None:
 
 def test_seeds() -> None:
     def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingOptions(temperature=9.0, seed=seed))
-        return [sampler.choose([5], LOGITS.clone()) for _ in range(30)]
+        return drawn(Sampler(SamplingOptions(temperature=9.0, seed=seed)), LOGITS, 30)
 
     assert draw(3) == draw(3) != draw(4)
     assert draw(None) != draw(None)
+
+
+def test_a_number_belongs_to_its_position_however_often_and_in_whatever_order() -> None:
+    logits = torch.zeros(50)
+    options = SamplingOptions(temperature=1.0, seed=3)
+    sampler = Sampler(options, first=2)
+    in_order = [sampler.choose([0] * length, logits) for length in range(2, 12)]
+    assert len(set(in_order)) > 4
+    assert [sampler.choose([0] * length, logits) for length in range(2, 12)] == in_order
+    other = Sampler(options, first=2)
+    assert [other.choose([0] * length, logits) for length in reversed(range(2, 12))] == in_order[::-1]
+    longer = Sampler(options, first=100)
+    assert [longer.choose([0] * length, logits) for length in range(100, 110)] == in_order
 
 
 def test_own_generator_leaves_the_global_one_alone() -> None:
