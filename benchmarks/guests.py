@@ -3,6 +3,7 @@ behave. Each acts at random, of its own seed; what happens is tallied.
 """
 
 import asyncio
+import itertools
 import os
 import random
 import secrets
@@ -155,6 +156,7 @@ class Intruder:
         self._servers = servers
         self._tally = tally
         self._rng = random.Random(f"{seed} intruder")
+        self._numbers = itertools.count(1)
 
     async def act(self) -> None:
         """Do one thing as a peer nobody has seen before, and be gone when this returns."""
@@ -266,6 +268,7 @@ class Intruder:
         pages = (seq_pos + tokens) // PAGE_TOKENS - seq_pos // PAGE_TOKENS
         step = Step(
             session_id=asked.session_id,
+            number=next(self._numbers),
             seq_pos=seq_pos,
             payload_type="hidden_states",
             response_type="hidden_states",

@@ -1,5 +1,6 @@
 """Where processor time goes: seconds that processes of a kind used, by the part that used them."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -18,6 +19,18 @@ def seconds_used(pids: Iterable[int]) -> Counter[str]:
             used[MAIN if thread.id == pid else OTHERS] += thread.user_time + thread.system_time
         for daemon in process.children(recursive=True):
             used[DAEMON] += sum(daemon.cpu_times()[:2])
+    return used
+
+
+def own_seconds() -> Counter[str]:
+    """The same of this process, as a client that has started servers too: those are left out."""
+    own = psutil.Process()
+    used: Counter[str] = Counter()
+    for thread in own.threads():
+        used[MAIN if thread.id == os.getpid() else OTHERS] += thread.user_time + thread.system_time
+    for child in own.children():
+        if child.name() == "p2pd":
+            used[DAEMON] += sum(child.cpu_times()[:2])
     return used
 
 

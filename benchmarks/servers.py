@@ -27,12 +27,9 @@ async def serving(
     model: str, dtype: str, spans: Sequence[Span], folder: Path, *options: str
 ) -> AsyncIterator[Servers]:
     """One server with one thread for each of `spans`, once all serve; their logs go to `folder`."""
-    common = f"--model {model} --dtype {dtype} --device cpu --threads 1 --host-maddrs {LOOPBACK}".split()
     processes = [
-        ServerProcess(
-            [*common, "--exit-with-stdin", "--blocks", str(span), *options],
-            name=f"server of blocks {span}",
-            log=folder / f"{dtype}-{span.start}-{span.end}-of-{len(spans)}.log",
+        server_process(
+            model, dtype, span, folder / f"{dtype}-{span.start}-{span.end}-of-{len(spans)}.log", options
         )
         for span in spans
     ]
@@ -46,6 +43,18 @@ async def serving(
         yield Servers(processes, addresses)
     finally:
         await stop_all(processes)
+
+
+def server_process(
+    model: str, dtype: str, span: Span, log: Path, options: Sequence[str] = (), *, address: str = LOOPBACK
+) -> ServerProcess:
+    """A server with one thread that will listen on `address`; not started yet."""
+    common = f"--model {model} --dtype {dtype} --device cpu --threads 1 --host-maddrs {address}".split()
+    return ServerProcess(
+        [*common, "--exit-with-stdin", "--blocks", str(span), *options],
+        name=f"server of blocks {span}",
+        log=log,
+    )
 
 
 def even_spans(num_blocks: int, count: int) -> list[Span]:

@@ -13,18 +13,26 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self, TypeAlias, Unpack
 
+import torch
+from torch import Tensor
+
+from swarm.client.answer import TextEnds
 from swarm.client.conversation import Conversation
+from swarm.client.draft_model import DraftModel
+from swarm.client.drafting import prompt_lookup
 from swarm.client.faults import HopError, NoRoom
 from swarm.client.generation import (
     Generation,
-    TextEnds,
     TextStream,
     chat_prompt,
     raw_prompt,
 )
-from swarm.client.leg import Asked, Deadlines
-from swarm.client.options import GenerationOptions, Options, generation_options
+from swarm.client.hop_stream import Deadlines
+from swarm.client.journal import JournalStore
+from swarm.client.leg import Asked
+from swarm.client.options import GenerationOptions, Options, SessionOptions, generation_options
 from swarm.client.peers import PeerReport
+from swarm.client.recovery import Environment
 from swarm.client.route import NoRoute, Route
 from swarm.client.routes import OnWaiting, Routes, ServedModel
 from swarm.client.session import Session
@@ -58,10 +66,14 @@ class Swarm:
         secret: bytes | None = None,
         timeout: float = 60.0,
         deadlines: Deadlines | None = None,
+        sessions: SessionOptions | None = None,
+        draft_model: DraftModel | None = None,
         on_waiting: OnWaiting = lambda reason: None,
         resources: AsyncExitStack | None = None,
     ):
         """`timeout` is the seconds a route is waited for; `resources` are closed with this client, after it.
+
+        Tokens are drafted by `draft_model`, or without one from what was said before.
 
         By `secret`, 64 bytes at most, hops find again what they kept of this client's sequences; without it
         they find only what this object has left.
@@ -70,9 +82,20 @@ class Swarm:
         self.directory = Directory(store, transport, model.model_id, model.num_blocks)
         self._transport = transport
         self._ends = ends
-        self._secret = secrets.token_bytes(32) if secret is None else secret
-        self._deadlines = deadlines or Deadlines()
+        self._drafter = draft_model.drafter if draft_model is not None else prompt_lookup
         self._routes = Routes(self.directory, transport, model, timeout=timeout, on_waiting=on_waiting)
+        sessions = sessions or SessionOptions()
+        self._wire = sessions.wire
+        self._environment = Environment(
+            transport,
+            self._routes,
+            JournalStore(sessions.journal_memory, sessions.journal_disk),
+            secrets.token_bytes(32) if secret is None else secret,
+            deadlines or Deadlines(),
+            embed=self._embed,
+            likeliest=self._likeliest,
+            pushes=sessions.push,
+        )
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="client-compute")
         self._resources = resources or AsyncExitStack()
         self._is_started = False
@@ -83,6 +106,7 @@ class Swarm:
             return
         self._is_started = True
         self._resources.callback(self._compute.shutdown, wait=False, cancel_futures=True)
+        self._resources.callback(self._environment.store.close)
         watch = asyncio.create_task(self._watch_network(), name="watch-network")
         self._resources.callback(watch.cancel)
         await self._resources.enter_async_context(self.directory)
@@ -102,6 +126,11 @@ class Swarm:
     async def close(self) -> None:
         """Leave the swarm. Safe to call again."""
         await self._resources.aclose()
+
+    @property
+    def ends(self) -> TextEnds:
+        """The two ends of the model, with its tokenizer."""
+        return self._ends
 
     async def generate(
         self, prompt: str | Sequence[Message], *, raw: bool = False, **options: Unpack[Options]
@@ -140,6 +169,7 @@ class Swarm:
             self._compute,
             tokens,
             options,
+            drafter=self._drafter,
             is_last=conversation is None,
             on_end=on_end,
             clock=self._transport.clock,
@@ -148,7 +178,12 @@ class Swarm:
     def conversation(self, room: int = 0) -> Conversation:
         """A new conversation whose sessions hold at least `room` tokens."""
         return Conversation(
-            self._ends, self._compute, self.open_session, context=context_length(self.model), room=room
+            self._ends,
+            self._compute,
+            self.open_session,
+            is_outdone=self._is_outdone,
+            context=context_length(self.model),
+            room=room,
         )
 
     def chat(self, **options: Unpack[Options]) -> "Chat":
@@ -191,23 +226,38 @@ class Swarm:
 
         return await self._routes.until_routed(opened, needed)
 
+    def _is_outdone(self, session: Session, prompt_tokens: int, new_tokens: int) -> bool:
+        """Whether a turn is clearly better off in a session on another route."""
+        better = self._routes.better(session.route, self._routes.demand(prompt_tokens, new_tokens))
+        if better is not None:
+            logger.info("a session moves from %s to %s", session.route, better)
+        return better is not None
+
     async def _open_session(
         self, tokens: Sequence[int], max_tokens: int, *, is_wish: bool = False
     ) -> Session:
         """One attempt. That a mere wish found no room says nothing against a peer."""
+        model = self.model
+        asked = Asked(
+            model.model_id, model.hidden_size, model.vocab_size, max_tokens, tuple(tokens), self._wire
+        )
+        demand = self._routes.demand(len(tokens), max_tokens - len(tokens))
         try:
-            return await Session.open(
-                self._transport,
-                self.route(max_tokens),
-                Asked(self.model.model_id, self.model.hidden_size, self.model.vocab_size, max_tokens, tokens),
-                secret=self._secret,
-                on_fault=self._routes.judge,
-                deadlines=self._deadlines,
-            )
+            return await Session.open(self._environment, self._routes.find(max_tokens, demand), asked)
         except HopError as fault:
             if not (is_wish and isinstance(fault, NoRoom)):
                 self._routes.judge_opening(fault)
             raise
+
+    async def _embed(self, tokens: Sequence[int]) -> Tensor:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compute, self._ends.embed, torch.tensor(tokens))
+
+    async def _likeliest(self, hidden: Tensor) -> list[int]:
+        def choose() -> list[int]:
+            return [int(self._ends.logits(row)[-1].argmax()) for row in hidden.split(1)]
+
+        return await asyncio.get_running_loop().run_in_executor(self._compute, choose)
 
     def peers(self) -> list[PeerReport]:
         """Who serves what of this model, as this client sees it now."""

@@ -11,6 +11,7 @@ from swarm.client.route import Hop, blocks_text, label
 from swarm.client.text import printable
 from swarm.errors import SwarmError
 from swarm.net.calls import CallTimeout, Refused
+from swarm.net.messages import Error
 from swarm.net.transport import FrameError, PeerUnreachable, StreamClosed
 
 
@@ -63,7 +64,7 @@ def blaming(hop: Hop) -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        raise _refusal(hop, refused) from refused
+        raise refusal(hop, refused.error) from refused
     except CallTimeout as timeout:
         raise RemoteFault(hop, "did not answer in time") from timeout
     except PeerUnreachable as unreachable:
@@ -74,8 +75,8 @@ def blaming(hop: Hop) -> Iterator[None]:
         raise RemoteFault(hop, "sent something that is not of this protocol") from broken
 
 
-def _refusal(hop: Hop, refused: Refused) -> HopError:
-    error = refused.error
+def refusal(hop: Hop, error: Error) -> HopError:
+    """What an error of that hop means."""
     said = printable(error.message).replace("\n", " ").strip().rstrip(".")
     if error.code == "warming_up":
         return WarmingUp(hop, "is still loading", error.retry_after)

@@ -1,51 +1,42 @@
-"""One session's stream to one hop: its opening, its steps, its end, and where their time went.
+"""One hop of a session: what was agreed on with it, how far it is, and the steps it has yet to answer.
 
-Owns what was agreed on with the hop, and checks whatever it answers. Must not know of the other hops, nor
-why a step is made.
+Owns what the hop holds of the sequence and where its time went; checks whatever it answers, and tells its
+owner at once. Must not know of the other hops, nor why a step is made.
 """
 
-import asyncio
 import secrets
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
-from torch import Tensor
-
-from swarm.client.faults import NoCapacity, RemoteFault, blaming
+from swarm.client.faults import HopError, RemoteFault, refusal
+from swarm.client.hop_stream import Deadlines, HopStream
+from swarm.client.inputs import Wired
 from swarm.client.page_chain import PageChain
 from swarm.client.route import Hop
-from swarm.errors import SwarmError
-from swarm.kernels.codecs import from_wire, is_finite, to_wire
-from swarm.net.calls import MessageStream
+from swarm.client.suspicion import DECODE_TOKENS, ResponseTimes
+from swarm.kernels.codecs import is_finite
+from swarm.net.forms import Codec, Dtype, Wire, tensor_bytes
 from swarm.net.messages import (
     AnyMessage,
-    Close,
-    Codec,
-    Dtype,
+    Error,
+    HandedOver,
+    HandOver,
+    Leaving,
+    Link,
+    Linked,
     Open,
     Opened,
     ResponseType,
     Result,
     Step,
-    body_bytes,
+    Unfed,
 )
 from swarm.net.transport import Transport
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 
-
-@dataclass(frozen=True)
-class Deadlines:
-    """Seconds granted to a hop: for its answer to `Open`, to a step (and more for each token), to `Close`."""
-
-    open: float = 15.0
-    step: float = 30.0
-    step_token: float = 0.1
-    close: float = 1.0
-
-    def for_step(self, tokens: int) -> float:
-        return self.step + self.step_token * tokens
+MAX_CHUNK = 4096
+"""Tokens that a step has at most, whatever a hop would take."""
 
 
 @dataclass
@@ -70,219 +61,317 @@ class HopTimes:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a session asks of every hop at its opening: room for `max_tokens`, and what it begins with."""
+    """What a session asks of every hop at its opening: room for `max_tokens`, and what it begins with.
+
+    `wire` is how activations are to travel.
+    """
 
     model_id: str
     hidden_size: int
     vocab_size: int
     max_tokens: int
     tokens: Sequence[int]
+    wire: Wire = "exact"
 
 
-class Wired(NamedTuple):
-    """Hidden states of `shape` [tokens, hidden], or one token id [1], as a hop sent them."""
+@dataclass(eq=False, slots=True)
+class Pending:
+    """A step of positions `[start, end)` that the hop has not answered yet.
 
-    data: memoryview
-    shape: tuple[int, ...]
-    dtype: Dtype
-    codec: Codec
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The positions `[start, end)` of the sequence `tokens` on their way through the hops.
-
-    They travel as hidden states [count, hidden], or without as the tokens themselves.
+    Of the answer, what lies from `valid_end` on is not wanted any more. `is_pushed` if the hop before brings
+    it; `since` is when the hop can have begun, None while that is unknown. `step` may be sent again as it is.
     """
 
-    tokens: Sequence[int]
+    step: Step
     start: int
     end: int
-    hidden: Tensor | Wired | None
+    valid_end: int
+    is_pushed: bool
+    since: float | None
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
+        return self.step.number
+
+    @property
+    def tokens(self) -> int:
         return self.end - self.start
 
-    def ids(self) -> bytes:
-        """Little-endian u32 [count]."""
-        return struct.pack(f"<{self.count}I", *self.tokens[self.start : self.end])
 
-    def states(self) -> Tensor:
-        """Hidden states [count, hidden]."""
-        assert self.hidden is not None, "these are still tokens"
-        return from_wire(*self.hidden) if isinstance(self.hidden, Wired) else self.hidden
+class Listener(Protocol):
+    """Who is told what a leg hears, in the order it came."""
 
-    def token(self) -> int:
-        """The token that the last hop finds likeliest after these."""
-        assert isinstance(self.hidden, Wired), "no hop was asked yet"
-        return int.from_bytes(self.hidden.data, "little")
+    def on_result(self, leg: "Leg", answered: Pending, result: Wired, pushed: bool) -> None: ...
 
-    def bytes_as(self, dtype: Dtype, codec: Codec) -> memoryview:
-        """The hidden states as a hop takes them, which may be as the hop before gave them."""
-        if isinstance(self.hidden, Wired) and (self.hidden.dtype, self.hidden.codec) == (dtype, codec):
-            return self.hidden.data
-        return to_wire(self.states(), dtype, codec)
+    def on_refused(self, leg: "Leg", refused: Pending, fault: HopError) -> None: ...
+
+    def on_times(self, leg: "Leg", tokens: int, queue_ms: float, compute_ms: float) -> None: ...
+
+    def on_news(self, leg: "Leg") -> None:
+        """The leg's `fault`, `is_leaving` or `is_unfed` has changed."""
+        ...
+
+    def on_bug(self, bug: Exception) -> None:
+        """Hearing something failed here; no hop is to blame."""
+        ...
 
 
 class Leg:
-    """This session's stream to one hop. `opened` is what was agreed on."""
+    """This session's part at one hop. `opened` is what was agreed on.
 
-    def __init__(self, hop: Hop, chain: PageChain, deadlines: Deadlines, clock: Callable[[], float]):
+    The hop holds the session's first `length` tokens, and will hold `sent` once it has answered all. Once
+    there is a `fault` it is of no use any more. `onward` is the leg whose hop it passes steps to, `linking`
+    the one to which that was tried. Steps are not to be sent before `resume_at`, since the hop has had no
+    room for them since `busy_since`. A hop without a `chain` is told no keys of pages.
+    """
+
+    def __init__(self, hop: Hop, chain: PageChain | None, deadlines: Deadlines, clock: Callable[[], float]):
         self.hop = hop
+        self.chain = chain
+        self.deadlines = deadlines
         self.prefill = HopTimes()
         self.decode = HopTimes()
         self.opened: Opened
-        self._chain = chain
-        self._deadlines = deadlines
+        self.session_id = secrets.token_hex(16)
+        self.length = self.sent = 0
+        self.pending: dict[int, Pending] = {}
+        self.fault: HopError | None = None
+        self.is_leaving = False
+        self.is_unfed = False
+        self.onward: Leg | None = None
+        self.linking: Leg | None = None
+        self.resume_at = 0.0
+        self.busy_since: float | None = None
         self._clock = clock
-        self._session_id = secrets.token_hex(16)
-        self._hidden_size = self._vocab_size = 0
-        self._calls: MessageStream | None = None
+        self._asked: Asked
+        self._listener: Listener
+        self._stream = HopStream(hop, deadlines, self._hear, self._on_end)
+        self._response_times = ResponseTimes()
+        self._last_answer = 0.0
+
+    @property
+    def block(self) -> int:
+        """The first block that the hop runs."""
+        return self.hop.span.start
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the hop has done any step."""
+        return bool(self.prefill.steps or self.decode.steps)
+
+    @property
+    def hidden_size(self) -> int:
+        return self._asked.hidden_size
 
     @property
     def takes_token_ids(self) -> bool:
-        return self.opened.takes_token_ids and self.hop.span.start == 0
+        return self.opened.takes_token_ids and self.block == 0
 
-    async def open(self, transport: Transport, asked: Asked) -> None:
+    @property
+    def max_chunk(self) -> int:
+        return min(self.opened.max_step_tokens, MAX_CHUNK)
+
+    async def open(self, transport: Transport, asked: Asked, listener: Listener) -> None:
         """
         Raises:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
         """
-        hop = self.hop
-        keys = self._chain.asked(asked.tokens)
-        with blaming(hop):
-            stream = await transport.open_stream(hop.peer, hop.announcement.addresses)
-            self._calls = MessageStream(stream)
-            message = Open(
-                session_id=self._session_id,
-                model_id=asked.model_id,
-                start=hop.span.start,
-                end=hop.span.end,
-                max_tokens=asked.max_tokens,
-                page_keys=keys,
-            )
-            answer, _ = await self._calls.call(message, timeout=self._deadlines.open)
-        if not isinstance(answer, Opened) or answer.dtype == "uint32":
-            raise RemoteFault(hop, "answered the opening of a session with something else")
-        if answer.held > len(keys) // KEY_BYTES * PAGE_TOKENS:
-            raise RemoteFault(hop, "says it holds more of a new session than it was asked for")
-        self.opened = answer
-        self._hidden_size, self._vocab_size = asked.hidden_size, asked.vocab_size
+        self._asked, self._listener = asked, listener
+        keys = self.chain.asked(asked.tokens) if self.chain else b""
+        message = Open(
+            session_id=self.session_id,
+            model_id=asked.model_id,
+            start=self.hop.span.start,
+            end=self.hop.span.end,
+            max_tokens=asked.max_tokens,
+            page_keys=keys,
+            wire=asked.wire,
+        )
+        opened = await self._stream.open(transport, message)
+        if opened.dtype == "uint32" or opened.session_id != self.session_id:
+            raise RemoteFault(self.hop, "answered the opening of a session with something else")
+        if opened.held > len(keys) // KEY_BYTES * PAGE_TOKENS:
+            raise RemoteFault(self.hop, "says it holds more of a new session than it was asked for")
+        self.opened = opened
+        self.length = self.sent = opened.held
+        self._stream.listen(tensor_bytes((self.max_chunk, asked.hidden_size), opened.dtype, opened.codec))
 
-    async def run(self, chunk: Chunk, wants_token: bool = False) -> Chunk:
-        """One step, repeated as long as the hop asks to wait and the deadline allows.
+    def expect(self, pending: Pending) -> None:
+        """The hop will be brought this step, and is to answer it."""
+        self.pending[pending.number] = pending
+        self.sent = pending.end
 
-        With `wants_token` the hop, which `opened` must say so, answers with the likeliest next token.
+    async def send(self, pending: Pending, body: bytes | memoryview) -> None:
+        """Bring the step to the hop. A failure shows as `fault`."""
+        pending.is_pushed = False
+        pending.since = self._clock()
+        try:
+            await self._stream.send(pending.step, body)
+        except HopError as fault:
+            self.fail(fault)
+
+    def rewind(self, length: int) -> None:
+        """What the hop holds from position `length` on is not wanted any more."""
+        self.length = min(self.length, length)
+        self.sent = min(self.sent, length)
+        for pending in self.pending.values():
+            pending.valid_end = min(pending.valid_end, length)
+
+    def give_up_from(self, number: int) -> None:
+        """Expect no answers to steps of that number or a later one."""
+        self.pending = {own: pending for own, pending in self.pending.items() if own < number}
+        self.sent = max([self.length, *(pending.valid_end for pending in self.pending.values())])
+
+    def late_since(self) -> tuple[float, Pending] | None:
+        """When the hop can have begun with the oldest step it owes an answer to; None if that is unknown."""
+        oldest = next(iter(self.pending.values()), None)
+        if oldest is None or oldest.since is None:
+            return None
+        return max(oldest.since, self._last_answer), oldest
+
+    def patience(self, tokens: int) -> float:
+        """Seconds that the hop may be silent with a step of so many tokens before it is to be asked."""
+        rates = self.hop.announcement.throughput
+        rate = rates.decode if tokens <= DECODE_TOKENS else rates.prefill / tokens
+        return self._response_times.patience(tokens, self.hop.span.size / rate if rate else 0.0)
+
+    async def has_taken(self, pending: Pending) -> bool:
+        """Whether the hop has that step, by its own account.
 
         Raises:
-            RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
+            RemoteFault: it says nothing any more.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._deadlines.for_step(chunk.count)
-        step, body = self._step(chunk, "token_ids" if wants_token else "hidden_states")
-        while True:
-            try:
-                return await self._run_once(chunk, step, body, deadline - loop.time())
-            except NoCapacity as busy:
-                if busy.retry_after is None or loop.time() + busy.retry_after >= deadline:
-                    raise
-                await asyncio.sleep(busy.retry_after)
+        taken = await self._stream.ping()
+        return taken is None or taken >= pending.number
 
-    async def run_all(
-        self,
-        source: "asyncio.Queue[Chunk]",
-        target: "asyncio.Queue[Chunk]",
-        count: int,
-        wants_token: bool = False,
-    ) -> None:
-        for _ in range(count):
-            await target.put(await self.run(await source.get(), wants_token))
+    async def link(self, onward: "Leg") -> None:
+        """Let the hop pass its results on to `onward`'s.
+
+        Raises:
+            HopError: it cannot; steps have to be brought there from here.
+        """
+        asked = Link(
+            session_id=self.session_id,
+            peer=onward.hop.peer,
+            addresses=onward.hop.announcement.addresses,
+            to_session=onward.session_id,
+            dtype=onward.opened.dtype,
+            codec=onward.opened.codec,
+        )
+        await self._stream.ask(asked, Linked, self.deadlines.link)
+        self.onward, onward.is_unfed = onward, False
+
+    async def hand_over(self, target: "Leg") -> int:
+        """Let the hop give what it holds to `target`'s, and return how many tokens that are.
+
+        Raises:
+            HopError: it cannot.
+        """
+        asked = HandOver(
+            session_id=self.session_id,
+            peer=target.hop.peer,
+            addresses=target.hop.announcement.addresses,
+            to_session=target.session_id,
+        )
+        answer = await self._stream.ask(asked, HandedOver, self.deadlines.hand_over)
+        assert isinstance(answer, HandedOver)
+        return answer.tokens
 
     async def close(self) -> None:
-        """Say goodbye, so that the hop frees its memory at once; it will anyway when the stream ends."""
-        if self._calls is None:
-            return
-        try:
-            await self._calls.call(Close(session_id=self._session_id), timeout=self._deadlines.close)
-        except SwarmError:
-            pass
-        finally:
-            self._calls.close()
+        """Say goodbye, waiting a moment at most."""
+        await self._stream.close(self.session_id)
 
     def abort(self) -> None:
-        if self._calls is not None:
-            self._calls.close()
+        """End it without a word. Safe to call again."""
+        self._stream.abort()
 
-    def _step(self, chunk: Chunk, response_type: ResponseType) -> tuple[Step, bytes | memoryview]:
-        """The message and the body that bring `chunk` to this hop, with the names of the pages it fills."""
-        if self.takes_token_ids:
-            ids = Step(
-                session_id=self._session_id,
-                seq_pos=chunk.start,
-                payload_type="token_ids",
-                response_type=response_type,
-                shape=(chunk.count,),
-                dtype="uint32",
-            )
-            return ids, chunk.ids()
-        dtype, codec = self.opened.dtype, self.opened.codec
-        step = Step(
-            session_id=self._session_id,
-            seq_pos=chunk.start,
-            payload_type="hidden_states",
-            response_type=response_type,
-            shape=(chunk.count, self._hidden_size),
-            dtype=dtype,
-            codec=codec,
-            page_keys=self._chain.named(chunk.tokens, chunk.start, chunk.end),
-        )
-        return step, chunk.bytes_as(dtype, codec)
+    def fail(self, fault: HopError) -> None:
+        """The hop is lost, or of no use; the first reason stays."""
+        if self.fault is None:
+            self.fault = fault
+            self.abort()
+            self._listener.on_news(self)
 
-    async def _run_once(self, chunk: Chunk, step: Step, body: bytes | memoryview, remaining: float) -> Chunk:
-        assert self._calls is not None
-        expected = self._expected(chunk, step.response_type)
-        started = self._clock()
-        with blaming(self.hop):
-            answer, data = await self._calls.call(
-                step, body, timeout=remaining, max_body=body_bytes(expected)
-            )
-        result = self._checked(answer, data, expected)
-        times = self.decode if chunk.count == 1 else self.prefill
-        times.add((self._clock() - started) * 1000, result)
-        hidden = Wired(data, result.shape, result.dtype, result.codec)
-        return Chunk(chunk.tokens, chunk.start, chunk.end, hidden)
+    def _on_end(self, reason: Exception) -> None:
+        if isinstance(reason, HopError):
+            self.fail(reason)
+        else:
+            self._listener.on_bug(reason)
 
-    def _expected(self, chunk: Chunk, response_type: ResponseType) -> Result:
-        """What the hop must answer, its times aside."""
-        if response_type == "token_ids":
-            return Result(
-                session_id=self._session_id,
-                seq_pos=chunk.start,
-                response_type=response_type,
-                shape=(1,),
-                dtype="uint32",
-            )
-        return Result(
-            session_id=self._session_id,
-            seq_pos=chunk.start,
-            response_type="hidden_states",
-            shape=(chunk.count, self._hidden_size),
-            dtype=self.opened.dtype,
-            codec=self.opened.codec,
-        )
+    def _hear(self, message: AnyMessage, body: memoryview) -> None:
+        """
+        Raises:
+            RemoteFault: that is nothing a hop may say.
+        """
+        match message:
+            case Result():
+                self._on_result(message, body)
+            case Error(number=int(number)):
+                if (pending := self._answered(number)) is not None:
+                    self._listener.on_refused(self, pending, refusal(self.hop, message))
+            case Unfed():
+                self.is_unfed = True
+                self._listener.on_news(self)
+            case Leaving():
+                self.is_leaving = True
+                self._listener.on_news(self)
+            case _:
+                raise RemoteFault(self.hop, "said something that is no answer")
 
-    def _checked(self, result: AnyMessage, body: memoryview, expected: Result) -> Result:
-        """The result, if it is what was asked for, and numbers: hops keep what comes of it."""
-        if not isinstance(result, Result) or _form(result) != _form(expected):
+    def _on_result(self, result: Result, body: memoryview) -> None:
+        pending = self._answered(result.number)
+        if pending is None:
+            return
+        try:
+            self._check(result, body, pending.step)
+        except RemoteFault as fault:
+            self._listener.on_refused(self, pending, fault)
+            return
+        self._learn(result, pending)
+        if pending.valid_end > pending.start:
+            self.length = max(self.length, pending.valid_end)
+        self.busy_since = None
+        wired = Wired(body, result.shape, result.dtype, result.codec)
+        self._listener.on_result(self, pending, wired, result.pushed)
+
+    def _answered(self, number: int) -> Pending | None:
+        """The step of that number, which has its ending now; None if it was given up.
+
+        Raises:
+            RemoteFault: one before it has none.
+        """
+        if number in self.pending and number != next(iter(self.pending)):
+            raise RemoteFault(self.hop, "left out the answer to a step")
+        return self.pending.pop(number, None)
+
+    def _learn(self, result: Result, pending: Pending) -> None:
+        now = self._clock()
+        self._listener.on_times(self, pending.tokens, result.queue_ms, result.compute_ms)
+        if pending.since is not None:
+            seconds = now - max(pending.since, self._last_answer)
+            self._response_times.add(pending.tokens, seconds)
+            times = self.decode if pending.tokens <= DECODE_TOKENS else self.prefill
+            times.add(1000 * seconds, result)
+        self._last_answer = now
+
+    def _check(self, result: Result, body: memoryview, step: Step) -> None:
+        """Whether it is what was asked for, and numbers: hops keep what comes of it.
+
+        Raises:
+            RemoteFault: it is not.
+        """
+        if (result.session_id, result.seq_pos) != (self.session_id, step.seq_pos):
+            raise RemoteFault(self.hop, "answered another step than it was asked")
+        if (result.response_type, result.shape, result.dtype, result.codec) != self._expected(step):
             raise RemoteFault(self.hop, "answered a step with a result of another shape or kind")
         if result.response_type == "token_ids":
-            if int.from_bytes(body, "little") >= self._vocab_size:
+            if any(token >= self._asked.vocab_size for token in body.cast("B").cast("I")):
                 raise RemoteFault(self.hop, "answered with a token that the model does not have")
         elif not is_finite(body, result.shape, result.dtype, result.codec):
             raise RemoteFault(self.hop, "answered with values that are not numbers")
-        return result
 
-
-def _form(result: Result) -> tuple[ResponseType, tuple[int, ...], Dtype, Codec]:
-    return result.response_type, result.shape, result.dtype, result.codec
+    def _expected(self, step: Step) -> tuple[ResponseType, tuple[int, ...], Dtype, Codec]:
+        rows = step.rows or step.shape[0]
+        if step.response_type == "token_ids":
+            return "token_ids", (rows,), "uint32", "raw"
+        return "hidden_states", (rows, self._asked.hidden_size), self.opened.dtype, self.opened.codec

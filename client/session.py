@@ -1,78 +1,62 @@
-"""A session: one sequence's life on the hops of a route.
+"""A session: one sequence's life on the hops of a route, whoever they are by then.
 
-Owns the streams to its hops and the tokens of the sequence that all of them hold. Each step goes from hop
-to hop, driven from here. Knows token ids and hidden states, nothing of text.
+Owns the tokens of the sequence, and lets one thing happen to it at a time: a step, or a move to other hops.
+A hop that is lost is replaced, and the step goes on. Knows token ids and hidden states, nothing of text.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from swarm.client.concurrently import concurrently
 from swarm.client.faults import HopError
-from swarm.client.leg import Asked, Chunk, Deadlines, HopTimes, Leg
-from swarm.client.page_chain import chain_for
+from swarm.client.inputs import Inputs, Wired
+from swarm.client.leg import Asked, HopTimes
+from swarm.client.recovery import Environment, Recovery
+from swarm.client.relay import Relay, Wanted
 from swarm.client.route import Hop, Route
-from swarm.net.transport import Transport
-from swarm.page_keys import PAGE_TOKENS
+from swarm.errors import SwarmError
+from swarm.kernels.codecs import from_wire, to_wire
+from swarm.net.messages import ResponseType
 
-PREFILL_CHUNK = 128
-"""Tokens a prefill step takes at most when there are several hops, so that they compute at the same time."""
-
-OnFault = Callable[[HopError], None]
+logger = logging.getLogger(__name__)
 
 
 class Session:
     """One sequence along a route, of which all hops hold `tokens`.
 
-    A failed or cancelled step leaves the hops in unknown states, so the session ends with it:
-    `is_open` turns False and its streams are closed.
+    A step that is cancelled, or for which no hops can be found any more, ends the session: `is_open` turns
+    False and its streams are closed.
     """
 
-    def __init__(self, route: Route, legs: Sequence[Leg], max_tokens: int, on_fault: OnFault):
-        self.route = route
-        self.max_tokens = max_tokens
+    def __init__(self, environment: Environment, route: Route, asked: Asked):
+        self.max_tokens = asked.max_tokens
         self.is_open = True
+        self._environment = environment
+        self._asked = asked
         self._tokens: list[int] = []
-        self._legs = legs
-        self._on_fault = on_fault
+        self._seconds = route.seconds
+        self._inputs = Inputs(environment.store, self._tokens, asked.hidden_size, environment.embed)
+        clock = environment.transport.clock
+        self._relay = Relay(self._tokens, self._inputs, environment.router, clock, self._on_news)
+        self._recovery = Recovery(self._relay, environment)
+        self._busy = asyncio.Lock()
+        self._moving: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(
-        cls,
-        transport: Transport,
-        route: Route,
-        asked: Asked,
-        *,
-        secret: bytes,
-        on_fault: OnFault = lambda fault: None,
-        deadlines: Deadlines,
-    ) -> Self:
+    async def open(cls, environment: Environment, route: Route, asked: Asked) -> Self:
         """Open a session on every hop of `route` at once. It begins with what all hops have kept.
-
-        `secret` is this client's own, 64 bytes at most: by it later sessions find what this one leaves.
-        `on_fault` is called with a step's error before it is raised, and may raise another in its place.
 
         Raises:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
         """
-        hops = route.hops
-        legs = [
-            Leg(hop, chain_for(hops[: at + 1], secret), deadlines, transport.clock)
-            for at, hop in enumerate(hops)
-        ]
-        session = cls(route, legs, asked.max_tokens, on_fault)
-        try:
-            await concurrently(*(leg.open(transport, asked) for leg in legs))
-        except BaseException:
-            session.abort()
-            raise
-        session._tokens = list(asked.tokens[: min(leg.opened.held for leg in legs)])
+        session = cls(environment, route, asked)
+        await session._open(route)
         return session
 
     @property
@@ -81,107 +65,172 @@ class Session:
         return self._tokens
 
     @property
+    def route(self) -> Route:
+        """The hops of this moment."""
+        return Route(tuple(leg.hop for leg in self._relay.legs), self._seconds)
+
+    @property
     def takes_token_ids(self) -> bool:
         """Whether steps need no hidden states, since the first hop embeds tokens itself."""
-        return self._legs[0].takes_token_ids
+        return self._relay.legs[0].takes_token_ids
 
     @property
     def gives_token_ids(self) -> bool:
-        """Whether the last hop tells the likeliest next token itself."""
-        return self._legs[-1].opened.gives_token_ids
+        """Whether the last hop tells the likeliest next tokens itself."""
+        return self._relay.legs[-1].opened.gives_token_ids
 
-    async def step(self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None) -> Tensor:
+    @property
+    def recoveries(self) -> int:
+        """How often other hops have taken the place of some."""
+        return self._recovery.count
+
+    @property
+    def replayed_tokens(self) -> int:
+        """Tokens that were computed again for that, counted once a hop."""
+        return self._recovery.replayed_tokens
+
+    @property
+    def handed_over_tokens(self) -> int:
+        """Tokens that leaving hops have given to those in their place."""
+        return self._recovery.handed_over_tokens
+
+    @property
+    def journal_bytes(self) -> int:
+        """What is kept of the sequence for the loss of a hop, in memory and on disk."""
+        return self._inputs.bytes
+
+    async def step(
+        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None, rows: int = 1
+    ) -> Tensor:
         """Run `tokens` from position `seq_pos` on through all hops, forgetting what was there and after.
 
         `hidden` is what they embed to, [tokens, hidden]; it may be left out where `takes_token_ids`.
 
         Returns:
-            Hidden states [tokens, hidden] as the last hop gave them.
+            Hidden states [rows, hidden] of the last `rows` tokens as the last hop gave them.
 
         Raises:
-            RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`; the session has ended.
+            SwarmError: a hop was lost for which there is no other; the session has ended.
             ValueError: the session has ended before, or the positions do not fit it.
         """
-        results = [chunk.states() for chunk in await self._run(tokens, seq_pos, hidden)]
-        return results[0] if len(results) == 1 else torch.cat(results)
+        return from_wire(*await self._run(tokens, seq_pos, hidden, rows, "hidden_states"))
 
-    async def next_token(self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None) -> int:
-        """`step`, answered by the last hop with the likeliest token after `tokens`, if `gives_token_ids`."""
-        return (await self._run(tokens, seq_pos, hidden, wants_token=True))[-1].token()
-
-    async def _run(
-        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None, wants_token: bool = False
-    ) -> Sequence[Chunk]:
-        end = seq_pos + len(tokens)
-        if not self.is_open:
-            raise ValueError("the session has ended")
-        if not tokens or seq_pos > len(self._tokens) or end > self.max_tokens:
-            raise ValueError(
-                f"{len(tokens)} tokens from {seq_pos} on: {len(self._tokens)} held, {self.max_tokens} allowed"
-            )
-        if self.takes_token_ids:
-            hidden = None
-        elif hidden is None or len(hidden) != len(tokens):
-            raise ValueError("the first hop takes hidden states, one for each token")
-        self._tokens[seq_pos:] = tokens
-        with self._ending_on_failure():
-            chunks = self._chunks(seq_pos, end, hidden)
-            if len(chunks) == 1:
-                return [await self._pass(chunks[0], wants_token)]
-            return await self._pipeline(chunks, wants_token)
+    async def next_tokens(
+        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None, rows: int = 1
+    ) -> list[int]:
+        """`step`, answered by the last hop with the likeliest token after each row, if `gives_token_ids`."""
+        answer = await self._run(tokens, seq_pos, hidden, rows, "token_ids")
+        if answer.dtype != "uint32":  # another hop has taken the place of the one that told tokens
+            return await self._environment.likeliest(from_wire(*answer))
+        return list(answer.data.cast("B").cast("I"))
 
     def reset_times(self) -> None:
-        for leg in self._legs:
+        for leg in self._relay.legs:
             leg.prefill, leg.decode = HopTimes(), HopTimes()
 
     def times(self) -> list[tuple[Hop, HopTimes]]:
         """Mean times of each hop for one decode step; of prefill steps where there was no other."""
-        return [(leg.hop, (leg.decode if leg.decode.steps else leg.prefill).mean()) for leg in self._legs]
+        return [
+            (leg.hop, (leg.decode if leg.decode.steps else leg.prefill).mean()) for leg in self._relay.legs
+        ]
 
     async def close(self) -> None:
         """Tell the hops that the session is over, waiting a moment at most. Safe to call again."""
         if self.is_open:
-            self.is_open = False
-            await asyncio.gather(*(leg.close() for leg in self._legs))
+            self._end()
+            await asyncio.gather(*(leg.close() for leg in self._relay.legs))
 
     def abort(self) -> None:
         """End at once, without a word to the hops."""
-        self.is_open = False
-        for leg in self._legs:
+        self._end()
+        for leg in self._relay.legs:
             leg.abort()
 
-    def _chunks(self, start: int, end: int, hidden: Tensor | None) -> list[Chunk]:
-        """The positions `[start, end)`, whose embeddings are `hidden`, in steps that fill whole pages."""
-        edges = chunk_edges(start, end, self._chunk_tokens())
-        return [
-            Chunk(self._tokens, at, to, None if hidden is None else hidden[at - start : to - start])
-            for at, to in pairwise(edges)
-        ]
+    async def _open(self, route: Route) -> None:
+        hops = route.hops
+        legs = self._relay.legs = [self._recovery.leg(hops[: at + 1]) for at in range(len(hops))]
+        transport = self._environment.transport
+        try:
+            async with self._busy:
+                await concurrently(*(leg.open(transport, self._asked, self._relay) for leg in legs))
+        except BaseException:
+            self.abort()
+            raise
+        self._tokens[:] = self._asked.tokens[: min(leg.length for leg in legs)]
+        self._relay.rewind(len(self._tokens))
+        self._recovery.link()
 
-    def _chunk_tokens(self) -> int:
-        allowed = min(leg.opened.max_step_tokens for leg in self._legs)
-        return min(allowed, PREFILL_CHUNK) if len(self._legs) > 1 else allowed
+    async def _run(
+        self,
+        tokens: Sequence[int],
+        seq_pos: int,
+        hidden: Tensor | None,
+        rows: int,
+        response_type: ResponseType,
+    ) -> Wired:
+        async with self._busy:
+            self._check(tokens, seq_pos, hidden, rows)
+            with self._ending_on_failure():
+                await self._recovery.move(self._asked_now)
+                self._relay.rewind(seq_pos)
+                self._tokens[seq_pos:] = tokens
+                if hidden is not None and not self.takes_token_ids:
+                    self._keep_embedded(seq_pos, hidden)
+                wanted = Wanted(len(self._tokens), rows, response_type)
+                while True:
+                    try:
+                        answer = await self._relay.bring(wanted)
+                    except HopError:
+                        await self._recovery.heal(self._asked_now)
+                    else:
+                        self._recovery.has_healed()
+                        return answer
 
-    async def _pass(self, chunk: Chunk, wants_token: bool) -> Chunk:
-        *before, last = self._legs
-        for leg in before:
-            chunk = await leg.run(chunk)
-        return await last.run(chunk, wants_token)
+    def _keep_embedded(self, seq_pos: int, hidden: Tensor) -> None:
+        form = self._relay.legs[0].opened
+        data = to_wire(hidden, form.dtype, form.codec)
+        rows = Wired(data, (len(hidden), self._asked.hidden_size), form.dtype, form.codec)
+        self._inputs.put(0, seq_pos, rows, seq_pos + len(hidden))
 
-    async def _pipeline(self, chunks: Sequence[Chunk], wants_token: bool) -> Sequence[Chunk]:
-        """All chunks through all hops, each hop working on the next chunk as soon as it has passed one on."""
-        first: asyncio.Queue[Chunk] = asyncio.Queue(len(chunks))
-        for chunk in chunks:
-            first.put_nowait(chunk)
-        queues = [first, *(asyncio.Queue[Chunk](len(chunks)) for _ in self._legs)]
-        hand_overs = zip(self._legs, queues, queues[1:], strict=False)
-        await concurrently(
-            *(
-                leg.run_all(source, target, len(chunks), wants_token and leg is self._legs[-1])
-                for leg, source, target in hand_overs
+    def _check(self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None, rows: int) -> None:
+        if not self.is_open:
+            raise ValueError("the session has ended")
+        if not tokens or seq_pos > len(self._tokens) or seq_pos + len(tokens) > self.max_tokens:
+            raise ValueError(
+                f"{len(tokens)} tokens from {seq_pos} on: {len(self._tokens)} held, {self.max_tokens} allowed"
             )
-        )
-        return [queues[-1].get_nowait() for _ in chunks]
+        if not 1 <= rows <= len(tokens):
+            raise ValueError(f"{rows} rows of {len(tokens)} tokens are wanted")
+        if not self.takes_token_ids and (hidden is None or len(hidden) != len(tokens)):
+            raise ValueError("the first hop takes hidden states, one for each token")
+
+    @property
+    def _asked_now(self) -> Asked:
+        """What a hop is asked that comes later."""
+        return replace(self._asked, tokens=tuple(self._tokens))
+
+    def _on_news(self) -> None:
+        """While nothing runs, let what a leaving hop holds go elsewhere in time."""
+        is_leaving = any(leg.is_leaving for leg in self._relay.legs)
+        if is_leaving and self.is_open and not self._busy.locked() and self._moving is None:
+            self._moving = asyncio.create_task(self._move(), name="move a session")
+
+    async def _move(self) -> None:
+        try:
+            async with self._busy:
+                await self._recovery.move(self._asked_now)
+        except SwarmError as error:
+            logger.info("a session cannot be moved: %s", error)
+        finally:
+            self._moving = None
+
+    def _end(self) -> None:
+        self.is_open = False
+        if self._moving is not None:
+            self._moving.cancel()
+        self._recovery.close()
+        self._relay.close()
+        self._inputs.release()
 
     @contextmanager
     def _ending_on_failure(self) -> Iterator[None]:
@@ -190,19 +239,6 @@ class Session:
         try:
             yield
             finished = True
-        except HopError as fault:
-            self._on_fault(fault)
-            raise
         finally:
             if not finished:
                 self.abort()
-
-
-def chunk_edges(start: int, end: int, size: int) -> list[int]:
-    """Where to cut the positions `[start, end)` into steps of at most `size` tokens: where pages end.
-
-    The first edge is `start`, the last `end`. A `size` below a page's cuts pages too.
-    """
-    stride = size - size % PAGE_TOKENS or size
-    begin = start - start % PAGE_TOKENS if stride >= PAGE_TOKENS else start
-    return [start, *range(begin + stride, end, stride), end]

@@ -90,20 +90,23 @@ class _AddAddresses(argparse.Action):
         setattr(namespace, self.dest, values if earlier is self.default else earlier + values)
 
 
-def shared_options(parser: argparse.ArgumentParser, *, timeout: float = 60.0, joins: bool = True) -> None:
+def shared_options(
+    parser: argparse.ArgumentParser, *, timeout: float = 60.0, joins: bool = True, names_model: bool = True
+) -> None:
     """Add the options that every command takes. `timeout` is the command's own default, in seconds.
 
     They are read as `args.model`, `.initial_peers` (tuple of addresses), `.identity` (Path or None),
     `.json`, `.timeout` (seconds) and `.verbose`. A command that `joins` no swarm of others has neither
-    initial peers nor an identity.
+    initial peers nor an identity; one that is about no model in particular has no `model`.
     """
     group = parser.add_argument_group("shared options")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="NAME",
-        help="a local folder, a hub repository or an alias (default: %(default)s)",
-    )
+    if names_model:
+        group.add_argument(
+            "--model",
+            default=DEFAULT_MODEL,
+            metavar="NAME",
+            help="a local folder, a hub repository or an alias (default: %(default)s)",
+        )
     if joins:
         _joining_options(group)
     group.add_argument("--json", action="store_true", help="print machine-readable lines on standard output")

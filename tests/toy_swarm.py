@@ -1,19 +1,17 @@
-"""A swarm in one process whose model is arithmetic: servers that speak the messages, and its two ends.
+"""A swarm in one process whose model is arithmetic: real servers over toy engines, and the model's two ends.
 
-Hidden states have four channels: the token, how many blocks it went through, the sum of all tokens up to
-it, and how many there are. A block refuses what its KV does not continue, so an answer proves that each
-block saw each token once, in order. Pages are kept with the tokens that are in them: one found under the
-wrong key makes a wrong answer.
+See `toy_engine` for what hidden states say. Pages are kept with the tokens that are in them: one found under
+the wrong key makes a wrong answer.
 """
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -23,25 +21,36 @@ from swarm.client.facade import PAGE_SECRET, Swarm
 from swarm.dht.announcement import Announcement, ModelEntry, Throughput
 from swarm.dht.announcer import Announcer
 from swarm.dht.memory import MemoryStore
-from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net import messages
-from swarm.net.calls import MessageStream
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork
-from swarm.net.messages import Close, Closed, Open, Opened, Ping, Pong, Result, Step
-from swarm.net.transport import PeerId, Stream, StreamClosed
+from swarm.net.messages import AnyMessage, Close, Open, Opened, Step
+from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, Stream, Transport
 from swarm.net.virtual_time import VirtualTimeLoop
-from swarm.page_keys import KEY_BYTES, PAGE_TOKENS, page_keys, split_keys
+from swarm.server.cell import OnProgress, ShardCell
+from swarm.server.metrics import Metrics
+from swarm.server.sessions import Sessions
 from swarm.spans import Span
+from tests.toy_engine import HIDDEN, NextToken, Script, ToyEngine, embedded
 
-HIDDEN = 4
 EOS = 256
 NUM_BLOCKS = 6
-EVERYBODY = ""
 MODEL_ID = "toy-0123"
 
-NextToken = Callable[[int, int], int]
-"""The token after `count` tokens whose sum is `total`."""
+Wrap: TypeAlias = Callable[[Transport], Transport]
+"""Puts something between a peer and its network."""
+
+identity_of = cache(Identity.from_seed)
+
+
+@cache
+def metrics() -> Metrics:
+    """Those of all toy servers together: making them takes longer than all else that a server needs."""
+
+    async def load(on_progress: OnProgress) -> ToyEngine:
+        raise AssertionError("this cell stays empty")
+
+    return Metrics(ShardCell(Span(0, 1), load))
 
 
 def letters(total: int, count: int) -> int:
@@ -83,8 +92,7 @@ class ToyEnds:
     generation_config: Any = field(default_factory=lambda: SimpleNamespace(eos_token_id=[EOS]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        values = ids.float()
-        return torch.stack([values, torch.zeros_like(values), values, torch.ones_like(values)], dim=1)
+        return torch.from_numpy(embedded(ids.numpy()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores = torch.zeros(len(hidden), 257)
@@ -102,37 +110,31 @@ class ToyEnds:
 
 
 @dataclass
-class ToyServer:
-    """Serves a span as told by its fields, and remembers what it was asked.
+class ToyServer(Script):
+    """Serves a span with a toy engine, as told by its fields, and remembers what it was asked.
 
-    `refuse` answers opens, `refuse_steps` the next steps, `spoil` changes what a step gives, `before_step`
-    is awaited before each; `claims` is what it says it holds, whatever it does. A server of the last block
-    that `tells` answers with that token where it is asked for one.
+    `refuse` answers opens, `claims` is what it says it holds, whatever it does; `lie` changes what it says.
+    What the engine does and remembers are the fields of `Script`. The access that `wrap` gives to the network
+    is the one it uses.
     """
 
     network: MemoryNetwork
     name: str
     span: Span
-    dtype: messages.Dtype = "float32"
-    codec: messages.Codec = "raw"
-    max_step_tokens: int = 64
-    takes_token_ids: bool = True
+    wrap: Wrap = lambda transport: transport
     claims: int | None = None
-    tells: NextToken | None = None
+    lie: Callable[[AnyMessage], AnyMessage] | None = None
     refuse: list[messages.Error] = field(default_factory=list)
-    refuse_steps: list[messages.Error] = field(default_factory=list)
-    spoil: Callable[[Tensor], Tensor] | None = None
-    before_step: Callable[[int], Any] | None = None
     refused: list[Open] = field(default_factory=list)
     opened: list[Open] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)
     received: list[Step] = field(default_factory=list)
-    pages: dict[tuple[str, Span, bytes], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.identity = Identity.from_seed(self.name)
-        self.transport = self.network.transport(self.identity)
+        self.identity = identity_of(self.name)
+        self.is_up = False
+        self.leaving: asyncio.Task[None] | None = None
+        self._join()
 
     @property
     def peer(self) -> PeerId:
@@ -157,131 +159,107 @@ class ToyServer:
         }
         return Announcement(**fields)
 
+    async def start(self) -> None:
+        """Begin to serve."""
+        await self.cell.fill()
+        await self.transport.listen(self.on_stream)
+        self.is_up = True
+
+    def kill(self) -> None:
+        """End as in a crash: whatever it held is gone."""
+        self.is_up = False
+        self.network.kill(self.identity)
+        self.pages.clear()
+
+    async def revive(self) -> None:
+        """Begin anew, with nothing, after it was killed or has left."""
+        await self.transport.close()
+        self._join()
+        await self.start()
+
+    async def leave(self, grace: float = 30.0, patience: float = 4.0) -> None:
+        """Leave as a server does that is asked to, unless it dies meanwhile."""
+        self.cell.move("draining")
+        await self.sessions.drain(grace, patience)
+        if self.is_up:
+            self.is_up = False
+            self.cell.move("left")
+            await self.transport.close()
+
+    def leave_meanwhile(self) -> None:
+        """`leave` in a task that ends with the swarm."""
+        self.leaving = asyncio.create_task(self.leave(), name=f"{self.name} leaves")
+
+    async def close(self) -> None:
+        if self.leaving is not None:
+            self.leaving.cancel()
+            await asyncio.gather(self.leaving, return_exceptions=True)
+        await self.transport.close()
+
     async def on_stream(self, stream: Stream) -> None:
-        calls = MessageStream(stream)
-        session: ToySession | None = None
+        await self.sessions.on_stream(Tapped(stream, self))
+
+    def hears(self, message: AnyMessage) -> AnyMessage | None:
+        """Note what is asked; the answer where the test gives it in the server's place."""
+        match message:
+            case Open() if self.refuse:
+                self.refused.append(message)
+                return self.refuse.pop(0)
+            case Open():
+                self.opened.append(message)
+            case Close():
+                self.closed.append(message.session_id)
+            case Step():
+                self.received.append(message)
+        return None
+
+    def says(self, message: AnyMessage) -> AnyMessage:
+        """What goes out in place of what the server says."""
+        if self.lie is not None:
+            return self.lie(message)
+        if isinstance(message, Opened) and self.claims is not None:
+            return msgspec.structs.replace(message, held=self.claims)
+        if isinstance(message, messages.Error) and message.number is not None and self.refused_with:
+            error, self.refused_with = self.refused_with, None
+            return msgspec.structs.replace(error, number=message.number)
+        return message
+
+    def _join(self) -> None:
+        """Make what a process has that starts now."""
+        self.memory = self.network.transport(self.identity)
+        self.transport = self.wrap(self.memory)
+        self.engine = engine = ToyEngine(self.span, self)
+
+        async def load(on_progress: OnProgress) -> ToyEngine:
+            return engine
+
+        self.cell = ShardCell(self.span, load)
+        self.sessions = Sessions(MODEL_ID, HIDDEN, self.cell, self.transport, metrics=metrics())
+
+
+class Tapped:
+    """A server's end of a stream, at which its test listens in. Implements `Stream`."""
+
+    def __init__(self, stream: Stream, server: ToyServer):
+        self.peer = stream.peer
+        self._stream = stream
+        self._server = server
+
+    async def send(self, header: Buffer, body: Buffer = b"") -> None:
+        await self._stream.send(messages.encode(self._server.says(messages.decode(bytes(header)))), body)
+
+    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
         while True:
-            try:
-                asked, body = await calls.receive()
-            except StreamClosed:
-                return
-            match asked:
-                case Ping():
-                    await calls.send(Pong(nonce=asked.nonce))
-                case Open():
-                    if self.refuse:
-                        self.refused.append(asked)
-                        await calls.send(self.refuse.pop(0))
-                        continue
-                    self.opened.append(asked)
-                    session = self._session(asked, calls.peer)
-                    await calls.send(self._opened(asked, session))
-                case Close():
-                    self.closed.append(asked.session_id)
-                    await calls.send(Closed(session_id=asked.session_id))
-                case Step():
-                    assert session is not None
-                    await self._on_step(calls, asked, body, session)
+            header, body = await self._stream.receive(max_body)
+            with suppress(FrameError):
+                answer = self._server.hears(messages.decode(header))
+                if answer is not None:
+                    await self._stream.send(messages.encode(answer))
+                    continue
+            return header, body
 
-    def _session(self, asked: Open, client: str) -> "ToySession":
-        """A session that begins with the pages it names, of those that are kept for it."""
-        span = Span(asked.start, asked.end)
-        takes_ids = self.takes_token_ids and asked.start == 0
-        session = ToySession(span, EVERYBODY if takes_ids else client, takes_ids)
-        for key in split_keys(asked.page_keys):
-            page = self.pages.get((session.owner, span, key))
-            if page is None:
-                break
-            for block in span.blocks:
-                session.kv[block] = torch.cat([session.kv[block], page])
-            session.held += PAGE_TOKENS
-        return session
-
-    async def _on_step(
-        self, calls: MessageStream, step: Step, body: memoryview, session: "ToySession"
-    ) -> None:
-        self.steps.append((step.seq_pos, step.shape[0]))
-        self.received.append(step)
-        if self.before_step is not None:
-            await self.before_step(len(self.steps))
-        if self.refuse_steps:
-            await calls.send(self.refuse_steps.pop(0))
-            return
-        out = self._run(session.span, step.seq_pos, self._hidden(step, body, session), session.kv)
-        if self.spoil is not None:
-            out = self.spoil(out)
-        else:
-            self._keep(session, step)
-        answer = Result(
-            session_id=step.session_id,
-            seq_pos=step.seq_pos,
-            response_type=step.response_type,
-            shape=tuple(out.shape),
-            dtype=self.dtype,
-            codec=self.codec,
-            queue_ms=1.0,
-            compute_ms=2.0,
-        )
-        if step.response_type == "token_ids":
-            assert self.tells is not None, "tokens are asked of who said that it tells them"
-            token = self.tells(int(out[-1, 2]), int(out[-1, 3]))
-            answer = msgspec.structs.replace(answer, shape=(1,), dtype="uint32", codec="raw")
-            await calls.send(answer, token.to_bytes(4, "little"))
-            return
-        await calls.send(answer, bytes(to_wire(out, self.dtype, self.codec)))
-
-    def _hidden(self, step: Step, body: memoryview, session: "ToySession") -> Tensor:
-        values = from_wire(body, step.shape, step.dtype, step.codec)
-        if step.payload_type == "hidden_states":
-            return values.float()
-        assert session.takes_token_ids, "token ids are for who said that it takes them"
-        return ToyEnds().embed(values)
-
-    def _keep(self, session: "ToySession", step: Step) -> None:
-        """Let the pages that `step` has filled be found: what a key names never changes."""
-        filled = range(step.seq_pos // PAGE_TOKENS, (step.seq_pos + step.shape[0]) // PAGE_TOKENS)
-        tokens = session.kv[session.span.start]
-        keys = step.page_keys
-        if step.payload_type == "token_ids":
-            assert not keys, "the tokens tell"
-            keys = page_keys(tokens.int().tolist())[filled.start * KEY_BYTES :]
-        for index, key in zip(filled, split_keys(keys), strict=True):
-            name = (session.owner, session.span, key)
-            page = tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS].clone()
-            assert torch.equal(self.pages.setdefault(name, page), page), "a key names one page"
-
-    def _run(self, span: Span, seq_pos: int, hidden: Tensor, kv: dict[int, Tensor]) -> Tensor:
-        for block in span.blocks:
-            held = kv[block]
-            assert seq_pos <= len(held), "a step leaves a gap"
-            assert (hidden[:, 1] == block).all(), "blocks run in order"
-            tokens = kv[block] = torch.cat([held[:seq_pos], hidden[:, 0]])
-            sums = tokens.cumsum(0)[seq_pos:]
-            counts = torch.arange(seq_pos + 1, len(tokens) + 1).float()
-            hidden = torch.stack([hidden[:, 0], hidden[:, 1] + 1, sums, counts], dim=1)
-        return hidden
-
-    def _opened(self, asked: Open, session: "ToySession") -> Opened:
-        return Opened(
-            session_id=asked.session_id,
-            dtype=self.dtype,
-            codec=self.codec,
-            max_step_tokens=self.max_step_tokens,
-            held=session.held if self.claims is None else self.claims,
-            takes_token_ids=session.takes_token_ids,
-            gives_token_ids=self.tells is not None,
-        )
-
-
-@dataclass
-class ToySession:
-    """What a server has of one session: for whom it keeps pages, and the tokens that each block saw."""
-
-    span: Span
-    owner: str
-    takes_token_ids: bool
-    held: int = 0
-    kv: dict[int, Tensor] = field(default_factory=lambda: defaultdict(lambda: torch.zeros(0)))
+    def close(self) -> None:
+        self._stream.close()
 
 
 @dataclass
@@ -298,6 +276,11 @@ class Toy:
     def __getitem__(self, name: str) -> ToyServer:
         return self.servers[name]
 
+    @property
+    def sessions(self) -> dict[str, list[str]]:
+        """The sessions that servers have in their engines, by the servers' names."""
+        return {name: list(server.engine.sessions) for name, server in self.servers.items()}
+
 
 @asynccontextmanager
 async def toy_swarm(
@@ -307,13 +290,17 @@ async def toy_swarm(
     context: int = 4096,
     timeout: float = 30.0,
     announced: Sequence[str] | None = None,
+    wrap: Wrap = lambda transport: transport,
     **options: Any,
 ) -> AsyncIterator[Toy]:
-    """Servers of `spans`, of which those in `announced` (default all) are announced, and a client."""
+    """Servers of `spans`, of which those in `announced` (default all) are announced, and a client.
+
+    What a server was brought that did not fit what it holds fails the test at the end.
+    """
     loop = asyncio.get_running_loop()
     network = MemoryNetwork()
     store = MemoryStore(loop.now if isinstance(loop, VirtualTimeLoop) else time.time)
-    servers = {name: ToyServer(network, name, span) for name, span in spans.items()}
+    servers = {name: ToyServer(network, name, span, wrap) for name, span in spans.items()}
     entry = ModelEntry(model_id=MODEL_ID, name="toy", num_blocks=NUM_BLOCKS, fingerprint="0123")
 
     announcers = {
@@ -325,7 +312,7 @@ async def toy_swarm(
         await announcers[name].publish(servers[name].announcement(**changes))
 
     for name, server in servers.items():
-        await server.transport.listen(server.on_stream)
+        await server.start()
         if announced is None or name in announced:
             await announce(name)
     ends = ToyEnds(next_token)
@@ -341,7 +328,7 @@ async def toy_swarm(
     async def join(client: str) -> Swarm:
         transport = await stack.enter_async_context(network.transport(client))
         secret = transport.identity.secret(PAGE_SECRET)
-        swarm = Swarm(transport, store, model, ends, secret=secret, timeout=timeout, **options)
+        swarm = Swarm(wrap(transport), store, model, ends, secret=secret, timeout=timeout, **options)
         await stack.enter_async_context(swarm)
         await swarm.directory.refresh()
         return swarm
@@ -351,4 +338,6 @@ async def toy_swarm(
             yield Toy(network, servers, await join("client"), ends, announce, join)
     finally:
         for server in servers.values():
-            await server.transport.close()
+            await server.close()
+    for server in servers.values():
+        assert not server.complaints, f"{server.name}: {server.complaints}"

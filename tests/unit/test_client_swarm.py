@@ -1,15 +1,16 @@
 """The facade over toy servers: answers, conversations, faults and cancellation, on a virtual clock."""
 
 import asyncio
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
-from swarm.client.faults import NoCapacity, NoRoom, RemoteFault, RequestRefused, SessionLost, WarmingUp
 from swarm.client.leg import Deadlines
+from swarm.client.options import SessionOptions
 from swarm.client.route import NoRoute
-from swarm.errors import InputError
+from swarm.errors import InputError, SwarmError
 from swarm.net import messages
 from swarm.net.transport import TransportError
 from swarm.net.virtual_time import in_virtual_time
@@ -52,9 +53,20 @@ async def test_times_are_the_networks() -> None:
     async with toy_swarm(THREE) as toy:
         for name in THREE:
             toy.network.set_link("client", toy[name].peer, latency=0.010)
-        answer = await toy.swarm.generate("hello", raw=True, max_new_tokens=11)
-    # opening takes two round trips (stream, Open) to all hops at once; each step one to each hop in turn
+        answer = await toy.swarm.generate("hello", raw=True, max_new_tokens=11, speculate=False)
+    # opening takes two round trips (stream, Open) to all hops at once; the prompt one to each hop in turn,
+    # while the hops are linked; from then on a step goes to the first hop and comes from the last
     assert answer.ttft_ms == pytest.approx(40 + 60, abs=0.01)
+    assert answer.tokens_per_s == pytest.approx(1 / 0.020, rel=1e-6)
+    assert [hop.rtt_ms for hop in answer.route] == pytest.approx([17.0, 0.0, 0.0], abs=0.01)
+
+
+@in_virtual_time
+async def test_without_push_each_step_goes_to_each_hop_in_turn() -> None:
+    async with toy_swarm(THREE, sessions=SessionOptions(push=False)) as toy:
+        for name in THREE:
+            toy.network.set_link("client", toy[name].peer, latency=0.010)
+        answer = await toy.swarm.generate("hello", raw=True, max_new_tokens=11, speculate=False)
     assert answer.tokens_per_s == pytest.approx(1 / 0.060, rel=1e-6)
     assert [hop.rtt_ms for hop in answer.route] == pytest.approx([17.0] * 3, abs=0.01)
 
@@ -136,7 +148,7 @@ async def test_idle_session_that_a_hop_closed_is_opened_anew() -> None:
     async with toy_swarm(THREE) as toy:
         chat = toy.swarm.chat(max_new_tokens=3)
         await chat.ask("hi").result()
-        for stream in list(toy["b"].transport.streams):
+        for stream in list(toy["b"].memory.streams):
             stream.close()
         await asyncio.sleep(0.1)
         answer = await chat.ask("more").result()
@@ -262,35 +274,43 @@ async def test_warming_up_step_is_repeated() -> None:
         assert asyncio.get_running_loop().time() >= 2.0
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [
-        ("internal", RemoteFault),
-        ("unknown_session", SessionLost),
-        ("model_mismatch", RemoteFault),
-        ("bad_request", RequestRefused),
-        ("draining", NoCapacity),
-        ("no_capacity", NoRoom),
-        ("warming_up", WarmingUp),
-    ],
-)
+CODES = get_args(messages.ErrorCode)
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("code", CODES)
 @in_virtual_time
-async def test_each_refusal_of_a_step_is_of_its_kind(code: str, kind: type[Exception]) -> None:
-    async with toy_swarm(THREE) as toy:
-        toy["b"].refuse_steps = [refusal(code)]
-        with pytest.raises(kind, match=r"^b \(…\w{6}\), which serves blocks 2 to 3, ") as caught:
+async def test_a_hop_that_refuses_steps_is_replaced(code: messages.ErrorCode, count: int) -> None:
+    async with toy_swarm(REPLICA) as toy:
+        hop = toy.swarm.route().hops[1]
+        toy[hop.announcement.name].refuse_steps = [refusal(code)] * count
+        answer = await toy.swarm.generate("hi", raw=True, max_new_tokens=4)
+        assert list(answer.token_ids) == toy.ends.expected(list(b"hi"), 4)
+        assert answer.recoveries >= 1
+        assert answer.route[1].peer != hop.peer or count == 1
+        assert asyncio.get_running_loop().time() < 5.0
+
+
+@pytest.mark.parametrize("code", CODES)
+@in_virtual_time
+async def test_a_hop_that_refuses_all_steps_and_has_no_other_is_an_error_in_time(
+    code: messages.ErrorCode,
+) -> None:
+    async with toy_swarm(THREE, timeout=5.0) as toy:
+        toy["b"].refuse_steps = [refusal(code)] * 1000
+        with pytest.raises(SwarmError, match="blocks 2 to 3") as caught:
             await toy.swarm.generate("hi", raw=True)
-        assert type(caught.value) is kind
         assert "\x1b" not in str(caught.value)
+        assert asyncio.get_running_loop().time() < 20.0
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda out: out[:, :2].contiguous(),
-        lambda out: torch.cat([out, out]),
-        lambda out: out * float("nan"),
-        lambda out: out + float("inf"),
+        lambda out: out[:, :2],
+        lambda out: np.concatenate([out, out]),
+        lambda out: out * np.float32("nan"),
+        lambda out: out + np.float32("inf"),
     ],
 )
 @in_virtual_time
@@ -298,42 +318,62 @@ async def test_nonsense_is_the_peers_fault_and_avoids_it(spoil: Any) -> None:
     async with toy_swarm(REPLICA) as toy:
         bad = toy[toy.swarm.route().hops[1].announcement.name]
         bad.spoil = spoil
-        with pytest.raises(RemoteFault) as caught:
-            await toy.swarm.generate("hi", raw=True)
-        assert caught.value.hop.peer == bad.peer
-        assert toy.swarm.route().hops[1].peer != bad.peer
         answer = await toy.swarm.generate("hi", raw=True, max_new_tokens=2)
-        assert len(answer.token_ids) == 2
+        assert list(answer.token_ids) == toy.ends.expected(list(b"hi"), 2)
+        assert answer.recoveries == 1
+        assert answer.route[1].peer != bad.peer
+        assert toy.swarm.route().hops[1].peer != bad.peer
 
 
 @in_virtual_time
-async def test_hop_that_dies_while_answering_is_named() -> None:
+async def test_hop_that_dies_while_answering_is_replaced() -> None:
     async with toy_swarm(REPLICA) as toy:
         hop = toy.swarm.route().hops[1]
         doomed = toy[hop.announcement.name]
 
         async def die(steps: int) -> None:
             if steps == 4:
-                toy.network.kill(doomed.identity)
+                doomed.kill()
 
         doomed.before_step = die
         chat = toy.swarm.chat(max_new_tokens=10)
-        with pytest.raises(SessionLost, match="which serves blocks 2 to 3, closed the connection"):
-            await chat.ask("hi").result()
-        assert chat.messages == []
-        # the chat goes on: the next route finds the peer gone and takes the other
         answer = await chat.ask("hi").result()
-        assert answer.finish_reason == "length"
-        assert answer.route[1].peer != hop.peer
+        assert list(answer.token_ids) == toy.ends.expected(list(b"u:hi\na:"), 10)
+        assert (answer.recoveries, answer.route[1].peer != hop.peer) == (1, True)
+        assert chat.messages[-1]["role"] == "assistant"
+        assert (await chat.ask("hi").result()).recoveries == 0
+        assert len(toy["a"].opened) == 1, "the other hops kept what they had"
+
+
+@in_virtual_time
+async def test_hop_that_dies_without_another_is_an_error_in_time() -> None:
+    async with toy_swarm(THREE, timeout=8.0) as toy:
+
+        async def die(steps: int) -> None:
+            if steps == 4:
+                toy["b"].kill()
+
+        toy["b"].before_step = die
+        chat = toy.swarm.chat(max_new_tokens=10)
+        with pytest.raises(SwarmError, match=r"blocks 2 to 3"):
+            await chat.ask("hi").result()
+        assert 8.0 <= asyncio.get_running_loop().time() < 20.0
+        assert chat.messages == []
+        await toy["b"].revive()
+        toy["b"].before_step = None
+        assert (await chat.ask("hi").result()).finish_reason == "length"
 
 
 @in_virtual_time
 async def test_hop_that_hangs_is_given_up_after_the_deadline() -> None:
-    async with toy_swarm(THREE, deadlines=Deadlines(step=3.0, step_token=0.5)) as toy:
-        toy["c"].before_step = lambda steps: asyncio.sleep(1e6)
-        with pytest.raises(RemoteFault, match="did not answer in time"):
-            await toy.swarm.generate("hi", raw=True)
-        assert asyncio.get_running_loop().time() == pytest.approx(4.0, abs=0.1)
+    deadlines = Deadlines(step=3.0, step_token=0.5)
+    async with toy_swarm(REPLICA, deadlines=deadlines) as toy:
+        hop = toy.swarm.route().hops[1]
+        toy[hop.announcement.name].before_step = lambda steps: asyncio.sleep(1e6)
+        answer = await toy.swarm.generate("hi", raw=True, max_new_tokens=2)
+        assert list(answer.token_ids) == toy.ends.expected(list(b"hi"), 2)
+        assert (answer.recoveries, answer.route[1].peer != hop.peer) == (1, True)
+        assert 4.0 <= asyncio.get_running_loop().time() < 30.0
 
 
 @in_virtual_time
@@ -358,13 +398,13 @@ async def test_own_network_failure_blames_no_peer() -> None:
             await toy.swarm.generate("hi", raw=True)
 
 
-@pytest.mark.parametrize("ticks", range(0, 55, 3))
+@pytest.mark.parametrize("ticks", range(0, 66, 3))
 @in_virtual_time
 async def test_cancelled_anywhere_frees_the_hops(ticks: int) -> None:
     async with toy_swarm(THREE) as toy:
         for name in THREE:
             toy.network.set_link("client", toy[name].peer, latency=0.010)
-        chat = toy.swarm.chat(max_new_tokens=4)
+        chat = toy.swarm.chat(max_new_tokens=14, speculate=False)
         asking = asyncio.create_task(chat.ask("hi").result())
         await asyncio.sleep(ticks * 0.005)
         asking.cancel()
@@ -373,7 +413,10 @@ async def test_cancelled_anywhere_frees_the_hops(ticks: int) -> None:
         assert chat.session is None or chat.session.is_open
         assert chat.messages == []
         answer = await chat.ask("hi").result()
-        assert list(answer.token_ids) == toy.ends.expected(list(b"u:hi\na:"), 4)
+        assert list(answer.token_ids) == toy.ends.expected(list(b"u:hi\na:"), 14)
+        await chat.close()
+        await asyncio.sleep(0.1)
+        assert not any(toy.sessions.values())
 
 
 @in_virtual_time
@@ -413,11 +456,11 @@ async def test_abandoned_stream_is_superseded_by_the_next() -> None:
 async def test_scaled_float16_between_hops() -> None:
     async with toy_swarm(THREE) as toy:
         toy["b"].dtype, toy["b"].codec = "float16", "scaled"
-        toy.ends.logits = lambda hidden: hidden[:, :1].repeat(1, 3)  # type: ignore[method-assign]
-        toy["b"]._run = lambda span, seq_pos, hidden, kv: hidden  # type: ignore[method-assign]
-        toy["c"]._run = lambda span, seq_pos, hidden, kv: hidden  # type: ignore[method-assign]
         answer = await toy.swarm.generate("hi", raw=True, max_new_tokens=2)
-        assert len(answer.token_ids) == 2
+        assert list(answer.token_ids) == toy.ends.expected(list(b"hi"), 2)
+        fed = {(step.dtype, step.codec) for step in toy["b"].received}
+        assert fed == {("float16", "scaled")}
+        assert {(step.dtype, step.codec) for step in toy["c"].received} == {("float32", "raw")}
 
 
 @in_virtual_time

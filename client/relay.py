@@ -1,0 +1,362 @@
+"""Bringing a sequence through the legs of a session, chunk by chunk, until the last hop has answered.
+
+Each chunk goes to the first hop that lacks it, and from there straight on as far as hops are linked; where
+they are not, the next hop is brought what the one before gave. Owns how far each chunk is; that a hop is lost
+is told to the owner, who replaces its leg.
+"""
+
+import asyncio
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from swarm.client.faults import HopError, NoCapacity
+from swarm.client.inputs import Inputs, Wired
+from swarm.client.leg import Leg, Pending
+from swarm.client.route import Hop
+from swarm.client.watch import Watch
+from swarm.net.messages import Onward, ResponseType, Step
+from swarm.net.transport import PeerId
+from swarm.page_keys import PAGE_TOKENS
+
+PREFILL_CHUNK = 128
+"""Tokens a prefill step takes at most when there are several hops, so that they compute at the same time."""
+
+WINDOW = 4
+"""Steps that one hop may owe answers to."""
+
+MAX_ATTEMPTS = 100
+"""How often a step is begun anew since what it needs was forgotten meanwhile."""
+
+AHEAD = 12
+"""Chunks that the first hop may be ahead of the last: what waits in between takes memory there."""
+
+
+class Observer(Protocol):
+    """Who learns how hops do, and which edges do not work."""
+
+    def succeeded(self, hop: Hop, tokens: int, queue_ms: float, compute_ms: float) -> None: ...
+
+    def push_failed(self, source: PeerId, target: PeerId) -> None: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the last hop: for the last `rows` tokens before `end`."""
+
+    end: int
+    rows: int
+    response_type: ResponseType
+
+
+class Relay:
+    """The legs of one session, for the sequence `tokens`, which its owner changes.
+
+    `inputs` hold what travelled between hops. `on_news` is called when a leg is lost or its hop about to
+    leave.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        inputs: Inputs,
+        observer: Observer,
+        clock: Callable[[], float],
+        on_news: Callable[[], None],
+    ):
+        self.legs: list[Leg] = []
+        self._tokens = tokens
+        self._inputs = inputs
+        self._observer = observer
+        self._clock = clock
+        self._on_news = on_news
+        self._changed = asyncio.Event()
+        self._watch = Watch(clock, self._on_not_taken, self._changed.set)
+        self._number = 0
+        self._wanted = Wanted(0, 0, "hidden_states")
+        self._outcome: Wired | None = None
+        self._bug: Exception | None = None
+        self._doubts: dict[Leg, tuple[Pending, HopError]] = {}
+
+    def rewind(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        for leg in self.legs:
+            leg.rewind(length)
+        self._inputs.truncate(length)
+
+    async def bring(self, wanted: Wanted) -> Wired:
+        """Let every hop hold the tokens up to `wanted.end`, and return the last one's answer.
+
+        Hops before it may have to tell yet what they gave.
+
+        Raises:
+            HopError: a hop is lost.
+        """
+        self._wanted, self._outcome = wanted, None
+        edges, attempts = self._begin(), 1
+        while (outcome := self._heard()) is None:
+            self._check()
+            self._changed.clear()
+            if not await self._send(edges):
+                if attempts == MAX_ATTEMPTS:
+                    raise RuntimeError("a session has nothing to send and nothing to wait for")
+                edges, attempts = self._begin(), attempts + 1
+            elif not self._changed.is_set():
+                await self._wait()
+        return outcome
+
+    def replace(self, first: int, end: int, legs: Sequence[Leg]) -> None:
+        """Put `legs` in the place of those from `first` up to `end`; the work goes on from what all hold."""
+        gone = self.legs[first:end]
+        for block in {leg.block for leg in gone[1:]} - {leg.block for leg in legs}:
+            self._inputs.forget(block)
+        for leg in gone:
+            leg.abort()
+            self._doubts.pop(leg, None)
+        if first:
+            self.legs[first - 1].onward = None
+        for after in self.legs[end:]:
+            after.give_up_from(0)
+        self.legs[first:end] = legs
+        self._plan()
+
+    def close(self) -> None:
+        self._watch.close()
+
+    def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool) -> None:
+        index = self.legs.index(leg)
+        self._inputs.used(leg.block, answered.start, answered.end)
+        if index + 1 < len(self.legs):
+            self._pass_on(index, answered, result, pushed)
+        elif (answered.end, answered.step.rows, answered.step.response_type) == self._asked_of_last:
+            self._outcome = result
+        self._settle_doubts(answered.number)
+        self._changed.set()
+
+    def on_refused(self, leg: Leg, refused: Pending, fault: HopError) -> None:
+        """Who gave it something bad is to blame, once that shows; until then it is in doubt."""
+        if self._is_owed_before(leg, refused.number):
+            self._doubts[leg] = (refused, fault)
+        else:
+            self._believe(leg, refused, fault)
+        self._changed.set()
+
+    def on_times(self, leg: Leg, tokens: int, queue_ms: float, compute_ms: float) -> None:
+        self._observer.succeeded(leg.hop, tokens, queue_ms, compute_ms)
+
+    def on_news(self, leg: Leg) -> None:
+        if leg.is_unfed and leg in self.legs[1:]:
+            self._break_edge(self.legs[self.legs.index(leg) - 1])
+        self._changed.set()
+        self._on_news()
+
+    def on_bug(self, bug: Exception) -> None:
+        self._bug = bug
+        self._changed.set()
+
+    def _heard(self) -> Wired | None:
+        return self._outcome
+
+    def _check(self) -> None:
+        """
+        Raises:
+            HopError: a leg is lost.
+        """
+        broken = self._bug or next((leg.fault for leg in self.legs if leg.fault is not None), None)
+        if broken is not None:
+            raise broken
+
+    @property
+    def _asked_of_last(self) -> tuple[int, int, ResponseType]:
+        return self._wanted.end, *self._final_answer
+
+    def _pass_on(self, index: int, answered: Pending, result: Wired, pushed: bool) -> None:
+        """Keep what a hop gave for the next one, which may begin with it."""
+        leg, following = self.legs[index], self.legs[index + 1]
+        self._inputs.put(following.block, answered.start, result, answered.valid_end)
+        then = answered.step.then
+        if then and not pushed and leg.onward is not None and leg.onward.session_id == then[0].session_id:
+            self._break_edge(leg)
+        elif (pending := following.pending.get(answered.number)) is not None:
+            pending.since = self._clock()
+
+    def _break_edge(self, leg: Leg) -> None:
+        """The hop passes nothing on any more: the next one is brought from here what it still lacks."""
+        following = leg.onward
+        if following is None:
+            return
+        leg.onward = None
+        self._observer.push_failed(leg.hop.peer, following.hop.peer)
+        for pending in following.pending.values():
+            if pending.is_pushed:
+                pending.is_pushed, pending.since = False, None
+
+    def _on_not_taken(self, leg: Leg) -> None:
+        if leg in self.legs[1:]:
+            self._break_edge(self.legs[self.legs.index(leg) - 1])
+            self._changed.set()
+
+    def _is_owed_before(self, leg: Leg, number: int) -> bool:
+        """Whether a hop before has not told yet what it gave in that step."""
+        return any(number in before.pending for before in self.legs[: self.legs.index(leg)])
+
+    def _settle_doubts(self, number: int) -> None:
+        for leg, (refused, fault) in list(self._doubts.items()):
+            if refused.number == number and not self._is_owed_before(leg, number):
+                del self._doubts[leg]
+                self._believe(leg, refused, fault)
+
+    def _believe(self, leg: Leg, refused: Pending, fault: HopError) -> None:
+        """The hop did not run the step; those after it have nothing, or nothing of worth, of it."""
+        for after in self.legs[self.legs.index(leg) :]:
+            self._doubts.pop(after, None)
+            after.give_up_from(refused.number)
+            after.rewind(refused.start)
+        self._inputs.truncate(refused.start, leg.block + 1)
+        now = self._clock()
+        leg.busy_since = leg.busy_since or now
+        deadline = leg.busy_since + leg.deadlines.for_step(refused.tokens)
+        wait = fault.retry_after if isinstance(fault, NoCapacity) else None
+        if wait is not None and now + wait < deadline:
+            leg.resume_at = now + wait
+        else:
+            leg.fail(fault)
+
+    def _plan(self) -> None:
+        """Let each hop begin where the next one needs something that is not known here."""
+        for giver, leg in reversed(list(pairwise(self.legs))):
+            begin = self._inputs.next_needed(leg.block, leg.sent)
+            coming = next(iter(giver.pending.values()), None)
+            if coming is None or coming.start > begin:
+                giver.rewind(begin)
+
+    def _begin(self) -> list[int]:
+        """Plan what each hop is brought; see `_edges`."""
+        self.legs[-1].rewind(self._wanted.end - self._wanted.rows)
+        self._plan()
+        return self._edges()
+
+    def _edges(self) -> list[int]:
+        """Where the positions that some hop lacks are cut into chunks; the last has all wanted rows."""
+        start = min(leg.sent for leg in self.legs)
+        size = min(leg.max_chunk for leg in self.legs)
+        if len(self.legs) > 1:
+            size = min(size, PREFILL_CHUNK)
+        end = self._wanted.end
+        return [*(at for at in chunk_edges(start, end, size) if at <= end - self._wanted.rows), end]
+
+    async def _send(self, edges: Sequence[int]) -> bool:
+        """Start everything that can be started now; False if nothing comes of it, since inputs are lost."""
+        try:
+            for index, leg in enumerate(self.legs):
+                for pending in list(leg.pending.values()):
+                    is_due = not pending.is_pushed and pending.since is None
+                    if is_due and self._inputs.has(leg.block, pending.start, pending.end):
+                        await leg.send(pending, await self._body(leg, pending.start, pending.end))
+                while leg.fault is None and (chunk := self._next_chunk(index, edges)) is not None:
+                    await self._start(index, *chunk)
+        except LookupError:
+            return False
+        now = self._clock()
+        return any(leg.pending or leg.fault or leg.resume_at > now for leg in self.legs)
+
+    def _next_chunk(self, index: int, edges: Sequence[int]) -> tuple[int, int] | None:
+        """The next positions that can be brought to a hop now, if there are any."""
+        leg = self.legs[index]
+        if leg.sent >= edges[-1] or len(leg.pending) >= WINDOW or self._clock() < leg.resume_at:
+            return None
+        at = bisect_right(edges, leg.sent)
+        start, end = edges[at - 1], edges[at]
+        if index == 0:
+            return None if at - bisect_right(edges, self.legs[-1].length) > AHEAD else (start, end)
+        if any(pending.is_pushed or pending.since is None for pending in leg.pending.values()):
+            return None  # what is on its way to it comes first
+        return (start, end) if self._inputs.has(leg.block, start, end) else None
+
+    async def _start(self, index: int, start: int, end: int) -> None:
+        """Bring a chunk to a hop, to go on from there as far as hops are linked and wait for it."""
+        body = await self._body(self.legs[index], start, end)
+        self._number += 1
+        last = index
+        while self._goes_on(last, start, end):
+            last += 1
+        then: tuple[Onward, ...] = ()
+        for at in range(last, index - 1, -1):
+            leg = self.legs[at]
+            step = self._step(at, start, end, then)
+            leg.expect(Pending(step, start, end, end, is_pushed=at > index, since=None))
+            then = (Onward(leg.session_id, step.response_type, step.rows, step.page_keys), *then)
+        await self.legs[index].send(self.legs[index].pending[self._number], body)
+
+    def _goes_on(self, index: int, start: int, end: int) -> bool:
+        """Whether the hop can pass these positions on, and the next one lacks them and no others before."""
+        if index + 1 == len(self.legs) or self.legs[index].onward is not self.legs[index + 1]:
+            return False
+        leg = self.legs[index + 1]
+        in_order = all(pending.is_pushed for pending in leg.pending.values())
+        return in_order and leg.fault is None and start <= leg.sent < end and self._clock() >= leg.resume_at
+
+    def _step(self, index: int, start: int, end: int, then: tuple[Onward, ...]) -> Step:
+        leg, count = self.legs[index], end - start
+        rows, response_type = self._answer_of(index, end)
+        keys = leg.chain.named(self._tokens, start, end) if leg.chain else b""
+        takes_ids = leg.takes_token_ids
+        return Step(
+            session_id=leg.session_id,
+            number=self._number,
+            seq_pos=start,
+            payload_type="token_ids" if takes_ids else "hidden_states",
+            response_type=response_type,
+            shape=(count,) if takes_ids else (count, leg.hidden_size),
+            dtype="uint32" if takes_ids else leg.opened.dtype,
+            codec="raw" if takes_ids else leg.opened.codec,
+            page_keys=b"" if takes_ids else keys,
+            rows=rows,
+            then=then,
+        )
+
+    def _answer_of(self, index: int, end: int) -> tuple[int, ResponseType]:
+        """Rows and kind of what a hop is asked for: all where others follow, at last what is wanted."""
+        if index + 1 < len(self.legs):
+            return 0, "hidden_states"
+        is_final = end == self._wanted.end
+        return self._final_answer if is_final else (1, "hidden_states")
+
+    @property
+    def _final_answer(self) -> tuple[int, ResponseType]:
+        """What the last hop is asked for: hidden states where it has no head for the tokens wanted."""
+        tells = self.legs[-1].opened.gives_token_ids
+        return self._wanted.rows, self._wanted.response_type if tells else "hidden_states"
+
+    async def _body(self, leg: Leg, start: int, end: int) -> bytes | memoryview:
+        """What goes into a hop at these positions, in the form that it takes."""
+        if leg.takes_token_ids:
+            return struct.pack(f"<{end - start}I", *self._tokens[start:end])
+        return await self._inputs.read(leg.block, start, end, (leg.opened.dtype, leg.opened.codec))
+
+    async def _wait(self) -> None:
+        """Until something was heard, or a hop has been silent for longer than is normal."""
+        now = self._clock()
+        due = {leg: at for leg in self.legs if (at := self._watch.due_at(leg)) is not None}
+        resumed = [leg.resume_at for leg in self.legs if leg.resume_at > now]
+        until = min([*due.values(), *resumed], default=None)
+        try:
+            async with asyncio.timeout(None if until is None else max(until - now, 0.0)):
+                await self._changed.wait()
+        except TimeoutError:
+            for leg, at in due.items():
+                if at <= self._clock():
+                    self._watch.ask(leg)
+
+
+def chunk_edges(start: int, end: int, size: int) -> list[int]:
+    """Where to cut the positions `[start, end)` into steps of at most `size` tokens: where pages end.
+
+    The first edge is `start`, the last `end`. A `size` below a page's cuts pages too.
+    """
+    stride = size - size % PAGE_TOKENS or size
+    begin = start - start % PAGE_TOKENS if stride >= PAGE_TOKENS else start
+    return [start, *range(begin + stride, end, stride), end]

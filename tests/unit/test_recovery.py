@@ -1,0 +1,270 @@
+"""Sessions on real engines whose hops are lost, hang or leave: they answer as if nothing had happened."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.blocks.engine import Engine, EngineConfig
+from swarm.blocks.head import Head
+from swarm.blocks.models import Model, resolve
+from swarm.client.facade import Swarm
+from swarm.client.options import SessionOptions
+from swarm.client.session import Session
+from swarm.dht.announcement import ModelEntry
+from swarm.dht.memory import MemoryStore
+from swarm.net.identity import Identity
+from swarm.net.memory import MemoryNetwork
+from swarm.net.transport import TransportError
+from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
+from swarm.net.wire import Link
+from swarm.server.server import Network, Server, Shard
+from swarm.spans import Span
+
+LAN = Link(latency=0.02, bandwidth=1e7)
+KV_TOKENS = 416
+PROMPT = [5 + i * 11 % 90 for i in range(150)]
+NEW_TOKENS = 12
+
+
+class Silent:
+    """Implements `Events`."""
+
+    def listening(self, *_: Any) -> None: ...
+    def phase(self, *_: Any, **__: Any) -> None: ...
+
+
+@dataclass
+class Place:
+    """One server of the swarm: its life, and how to end it."""
+
+    server: Server
+    network: MemoryNetwork
+    identity: Identity
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        try:
+            await self.server.run(self.stop)
+        except* TransportError:
+            pass  # it was killed
+
+    def kill(self) -> None:
+        self.network.kill(self.identity)
+
+
+@dataclass
+class Several:
+    """A swarm of named servers, and a client of it."""
+
+    client: Swarm
+    places: dict[str, Place]
+    network: MemoryNetwork
+
+    async def open(self, tokens: int = 400) -> Session:
+        return await self.client.open_session([], needed=tokens)
+
+    def place(self, session: Session, at: int) -> Place:
+        """The server that is hop `at` of the session."""
+        return next(one for one in self.places.values() if one.identity.peer == session.route.hops[at].peer)
+
+
+@asynccontextmanager
+async def several(model: Model, spans: dict[str, Span], **options: Any) -> AsyncIterator[Several]:
+    """Servers of `spans` and a client, on a network with distances, all on the loop's virtual clock."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    network, store = MemoryNetwork(default_link=LAN), MemoryStore(loop.now)
+    entry = ModelEntry(
+        model_id=model.model_id, name="tiny", num_blocks=model.num_blocks, fingerprint=model.fingerprint
+    )
+    config = EngineConfig(dtype="float32", device="cpu", kv_tokens=KV_TOKENS)
+
+    def place(name: str, span: Span) -> Place:
+        identity = Identity.from_seed(name)
+
+        async def load(on_progress: Any) -> Engine:
+            return await Engine.load(model, span, config, on_progress)
+
+        access = Network(identity, network.transport(identity), store.another())
+        server = Server(Shard(entry, model.hidden_size, span, load), access, Silent(), name=name)
+        return Place(server, network, identity)
+
+    places = {name: place(name, span) for name, span in spans.items()}
+    async with asyncio.TaskGroup() as tasks:
+        for one in places.values():
+            tasks.create_task(one.run())
+        transport = network.transport("client")
+        ends = Head.load(model, "float32", "cpu")
+        async with Swarm(transport, store, model, ends, timeout=20.0, **options) as client:
+            await client.wait_for_route()
+            await client.directory.wait_for(lambda: len(serving(client)) == len(spans), 30.0)
+            yield Several(client, places, network)
+        await asyncio.sleep(2.0)
+        for one in places.values():
+            engine = one.server.cell.engine
+            if engine is not None:
+                assert engine.kv_tokens_left == KV_TOKENS, "sessions that have ended hold no memory"
+            one.stop.set()
+
+
+def serving(client: Swarm) -> list[str]:
+    return [one.peer for one in client.directory.announcements if one.state == "serving"]
+
+
+ONCE = {"a": Span(0, 2), "c": Span(2, 4), "e": Span(4, 6)}
+TWICE = {
+    "a": Span(0, 2),
+    "b": Span(0, 2),
+    "c": Span(2, 4),
+    "d": Span(2, 4),
+    "e": Span(4, 6),
+    "f": Span(4, 6),
+}
+
+Disturb = Callable[[Several, Session, int], Any]
+
+
+async def answer(
+    swarm: Several, disturb: Disturb = lambda *_: None, session: Session | None = None
+) -> list[int]:
+    """Greedy tokens after PROMPT; `disturb` is called before each step with its number, 0 for the prompt."""
+    session = session or await swarm.open()
+    tokens, given = list(PROMPT), list(PROMPT)
+    for number in range(NEW_TOKENS):
+        disturb(swarm, session, number)
+        at = len(tokens) - len(given)
+        given = await session.next_tokens(given, at)
+        tokens += given
+    await session.close()
+    return tokens[len(PROMPT) :]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_of: Callable[[str], tuple[Path, Any]]) -> Model:
+    return resolve(str(checkpoint_of("Llama")[0]))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Model) -> list[int]:
+    @in_virtual_time
+    async def alone() -> list[int]:
+        async with several(model, {"whole": Span(0, 6)}) as swarm:
+            return await answer(swarm)
+
+    return alone()
+
+
+def test_pushing_saves_the_way_back_to_the_client(model: Model, undisturbed: list[int]) -> None:
+    @in_virtual_time
+    async def seconds(push: bool) -> float:
+        clock = asyncio.get_running_loop().time
+        async with several(model, ONCE, sessions=SessionOptions(push=push)) as swarm:
+            session = await swarm.open()
+            await session.next_tokens(PROMPT, 0)
+            await asyncio.sleep(1.0)
+            since = clock()
+            for at in range(5):
+                await session.next_tokens([1], len(PROMPT) + at)
+            took = (clock() - since) / 5
+            await session.close()
+            assert await answer(swarm) == undisturbed
+            return took
+
+    assert seconds(True) == pytest.approx(4 * LAN.latency, rel=0.05)
+    assert seconds(False) == pytest.approx(6 * LAN.latency, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("at", "when", "push"),
+    [(0, 0, True), (0, 5, True), (1, 1, True), (1, 5, False), (2, 0, False), (2, 5, True)],
+)
+def test_a_hop_that_dies_is_replaced(
+    model: Model, undisturbed: list[int], at: int, when: int, push: bool
+) -> None:
+    def kill(swarm: Several, session: Session, number: int) -> None:
+        if number == when:
+            swarm.place(session, at).kill()
+
+    @in_virtual_time
+    async def disturbed() -> list[int]:
+        async with several(model, TWICE, sessions=SessionOptions(push=push)) as swarm:
+            return await answer(swarm, kill)
+
+    assert disturbed() == undisturbed
+
+
+@pytest.mark.parametrize(("at", "when"), [(0, 4), (1, 0), (1, 4), (2, 4)])
+def test_a_hop_that_leaves_hands_the_session_over(
+    model: Model, undisturbed: list[int], at: int, when: int
+) -> None:
+    def leave(swarm: Several, session: Session, number: int) -> None:
+        if number == when:
+            swarm.place(session, at).stop.set()
+
+    @in_virtual_time
+    async def disturbed() -> None:
+        async with several(model, TWICE) as swarm:
+            session = await swarm.open()
+            assert await answer(swarm, leave, session) == undisturbed
+            assert session.recoveries == 1
+            if when:
+                assert session.handed_over_tokens >= len(PROMPT)
+                assert not session.replayed_tokens
+
+    disturbed()
+
+
+def test_several_hops_die_at_once(model: Model, undisturbed: list[int]) -> None:
+    def kill(swarm: Several, session: Session, number: int) -> None:
+        if number in (0, 5):
+            for at in (number == 5, 1 + (number == 5)):
+                swarm.place(session, int(at)).kill()
+
+    @in_virtual_time
+    async def disturbed() -> list[int]:
+        more = {**TWICE, "g": Span(0, 3), "h": Span(3, 6), "i": Span(1, 5)}
+        async with several(model, more) as swarm:
+            return await answer(swarm, kill)
+
+    assert disturbed() == undisturbed
+
+
+def test_a_hop_that_hangs_is_replaced(model: Model, undisturbed: list[int]) -> None:
+    def cut(swarm: Several, session: Session, number: int) -> None:
+        if number == 3:
+            peer = session.route.hops[1].peer
+            others = [one.identity for one in swarm.places.values() if one.identity.peer != peer]
+            swarm.network.partition([peer], [*others, "client"])
+
+    @in_virtual_time
+    async def disturbed() -> None:
+        clock = asyncio.get_running_loop().time
+        async with several(model, TWICE) as swarm:
+            since = clock()
+            assert await answer(swarm, cut) == undisturbed
+            assert clock() - since < 20.0
+            swarm.network.heal()
+
+    disturbed()
+
+
+def test_an_edge_that_is_cut_leads_through_the_client(model: Model, undisturbed: list[int]) -> None:
+    def cut(swarm: Several, session: Session, number: int) -> None:
+        if number == 3:
+            one, other = session.route.hops[0].peer, session.route.hops[1].peer
+            swarm.network.partition([one], [other])
+
+    @in_virtual_time
+    async def disturbed() -> None:
+        async with several(model, ONCE) as swarm:
+            session = await swarm.open()
+            assert await answer(swarm, cut, session) == undisturbed
+            assert session.recoveries == 0
+            swarm.network.heal()
+
+    disturbed()
