@@ -3,13 +3,17 @@
 import argparse
 import importlib
 import sys
+from typing import get_args
 
 from swarm import cli
+from swarm.client.options import SessionOptions
+from swarm.net.forms import Wire
 
 COMMANDS = {
     "chat": ("swarm.client.chat", "talk with a model"),
     "generate": ("swarm.client.generate", "answer one prompt"),
     "peers": ("swarm.client.peers_table", "show who serves what"),
+    "route": ("swarm.client.route_command", "explain the fastest route"),
 }
 
 
@@ -23,8 +27,11 @@ def parser() -> argparse.ArgumentParser:
             _generate_options(command)
         if name in ("chat", "generate"):
             _answer_options(command, temperature=0.0 if name == "generate" else 0.5)
+            _session_options(command)
         if name == "peers":
             command.set_defaults(model=None)
+        if name == "route":
+            _route_options(command)
     return root
 
 
@@ -65,6 +72,66 @@ def _answer_options(command: argparse.ArgumentParser, temperature: float) -> Non
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, repeat less")
     add("--seed", type=int, metavar="N", help="the same seed samples the same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
+    add(
+        "--no-speculation",
+        dest="speculate",
+        action="store_false",
+        help="never let a step verify several drafted tokens; the answer is the same either way",
+    )
+    add(
+        "--draft-model",
+        metavar="NAME_OR_PATH",
+        help="draft with this small model of the same vocabulary, on this machine",
+    )
+
+
+def _session_options(command: argparse.ArgumentParser) -> None:
+    defaults = SessionOptions()
+    add = command.add_argument_group("session").add_argument
+    add(
+        "--no-push",
+        dest="push",
+        action="store_false",
+        help="bring every server its input from here, rather than let servers pass it on",
+    )
+    add(
+        "--wire",
+        choices=get_args(Wire),
+        default=defaults.wire,
+        help="how activations travel: as computed, or rounded to 16 or 8 bits (default: %(default)s)",
+    )
+    add(
+        "--journal-memory",
+        type=cli.size,
+        default=defaults.journal_memory,
+        metavar="SIZE",
+        help="memory for what is needed when a server is lost (default: 256MiB)",
+    )
+    add(
+        "--journal-disk",
+        type=cli.size,
+        default=defaults.journal_disk,
+        metavar="SIZE",
+        help="room for more of it in a temporary file (default: 4GiB)",
+    )
+
+
+def _route_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("session").add_argument
+    add(
+        "--prompt-tokens",
+        type=cli.count,
+        default=512,
+        metavar="N",
+        help="tokens of the prompt (default: %(default)s)",
+    )
+    add(
+        "--new-tokens",
+        type=cli.count,
+        default=128,
+        metavar="N",
+        help="tokens of the answer (default: %(default)s)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
