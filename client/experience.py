@@ -5,7 +5,8 @@ seconds of any clock. Must not know what is announced, nor of routes.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from swarm.client.blame import FAULT, LIGHT, Blame
@@ -110,12 +111,22 @@ class Experience:
         return self._avoided
 
     def costs(
-        self, rtt: Callable[[PeerId], float | None], now: float, others: Collection[PeerId] = ()
+        self,
+        rtt: Callable[[PeerId], float | None],
+        now: float,
+        *,
+        others: Iterable[PeerId] = (),
+        missing: Iterable[PeerId] = (),
     ) -> Costs:
-        """What peers cost at `now`, at measured distances `rtt`; `others` compute in another form."""
+        """What peers cost at `now`, at measured distances `rtt`.
+
+        `others` compute in another form; `missing` could not be reached lately, which is like a fault.
+        """
         self._blame.forget(now)
         self._no_push = {edge: until for edge, until in self._no_push.items() if now < until}
-        penalties = {peer: strikes * SUSPECT_SECONDS for peer, strikes in self._blame.suspects(now).items()}
-        for peer in others:
-            penalties[peer] = penalties.get(peer, 0.0) + OTHER_FORM_SECONDS
+        penalties = Counter(
+            {peer: strikes * SUSPECT_SECONDS for peer, strikes in self._blame.suspects(now).items()}
+        )
+        penalties.update(dict.fromkeys(others, OTHER_FORM_SECONDS))
+        penalties.update(dict.fromkeys(missing, SUSPECT_SECONDS))
         return Costs(rtt, broken=frozenset(self._no_push), seen=self._observed.at(now), penalties=penalties)

@@ -154,11 +154,10 @@ class Routes:
 
     def costs(self, like: Announcement | None = None) -> Costs:
         """What this client has learned of peers; those that compute otherwise than `like` cost more."""
-        others = []
-        if like is not None:
-            announcements = self._directory.announcements
-            others = [server.peer_id for server in announcements if _form(server) != _form(like)]
-        return self._experience.costs(self._directory.rtt, self._now(), others)
+        announcements = self._directory.announcements
+        others = [] if like is None else [one.peer_id for one in announcements if _form(one) != _form(like)]
+        missing = [one.peer_id for one in announcements if self._directory.is_missing(one.peer_id)]
+        return self._experience.costs(self._directory.rtt, self._now(), others=others, missing=missing)
 
     def may_push(self, source: PeerId, target: PeerId) -> bool:
         """Whether `source` is to be asked to send straight to `target`."""

@@ -143,6 +143,10 @@ class Directory:
         """Seconds from this peer to `peer` and back; None if unknown or unreachable."""
         return self._round_trips.rtt(peer)
 
+    def is_missing(self, peer: PeerId) -> bool:
+        """Whether `peer` could not be reached when it was last measured."""
+        return self._round_trips.failures(peer) > 0
+
     def rtt_between(self, first: PeerId, second: PeerId) -> float | None:
         """Seconds between two peers and back: measured if one is this peer, else as one of them announces."""
         if self._peer in (first, second):

@@ -27,10 +27,14 @@ class Board:
     def __init__(self, *announcements: Announcement):
         self.announcements = list(announcements)
         self.rtts: dict[str, float] = {}
+        self.missing: set[str] = set()
         self._changed = asyncio.Event()
 
     def rtt(self, peer: PeerId) -> float | None:
         return self.rtts.get(peer, 0.01)
+
+    def is_missing(self, peer: PeerId) -> bool:
+        return peer in self.missing
 
     def announce(self, *announcements: Announcement) -> None:
         self.announcements = [*self.announcements, *announcements]
@@ -100,6 +104,17 @@ async def test_detour_takes_another_form_rather_than_who_failed_but_not_than_who
     assert peers(await found.detour(Span(2, 4), 10, like=B, timeout=1.0)) == ["b"]
     found.judge(RemoteFault(hop(B), "cannot be reached"))
     assert peers(await found.detour(Span(2, 4), 10, like=B, timeout=1.0)) == ["other"]
+
+
+@in_virtual_time
+async def test_a_peer_that_could_not_be_reached_is_the_last_to_be_tried() -> None:
+    board = Board(A, B, C, SPARE)
+    found = routes(board)
+    assert peers(await found.detour(Span(2, 4), 10, like=B, timeout=1.0)) == ["b"]
+    board.missing.add("b")
+    assert peers(await found.detour(Span(2, 4), 10, like=B, timeout=1.0)) == ["spare"]
+    board.missing.add("spare")
+    assert peers(await found.detour(Span(2, 4), 10, like=B, timeout=1.0)) == ["b"]
 
 
 @in_virtual_time
