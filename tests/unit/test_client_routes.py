@@ -222,11 +222,11 @@ async def test_the_next_attempt_is_made_at_once_where_there_is_another_holder() 
         (RemoteFault(hop(B), "failed"), "spare"),
         (SessionLost(hop(B), "has ended the session"), "spare"),
         (NoCapacity(hop(B), "has no room", 5.0), "spare"),
-        (RequestRefused(hop(B), "refused the request"), "b"),
+        (RequestRefused(hop(B), "refused the request"), "spare"),
     ],
 )
 @in_virtual_time
-async def test_only_what_is_the_peers_fault_or_its_lack_of_room_changes_the_route(
+async def test_whatever_a_peer_fails_at_others_are_asked_next(
     fault: HopError, chosen: str
 ) -> None:
     found = routes(Board(A, B, SPARE, C))
