@@ -100,6 +100,7 @@ async def opened(transport: Libp2pTransport, server: ServerProcess, model: Model
 async def stepped(calls: MessageStream, model: Model, sign: str, seq_pos: int = 0) -> messages.Result:
     step = messages.Step(
         session_id=sign * 32,
+        number=time.monotonic_ns(),
         seq_pos=seq_pos,
         payload_type="hidden_states",
         response_type="hidden_states",
@@ -423,6 +424,7 @@ async def stepped_bytes(calls: MessageStream, model: Model, sign: str) -> bytes:
     """What a first step of three tokens gives."""
     step = messages.Step(
         session_id=sign * 32,
+        number=time.monotonic_ns(),
         seq_pos=0,
         payload_type="token_ids",
         response_type="hidden_states",
