@@ -30,6 +30,7 @@ COMPILED = "native"
 COMMANDS = [
     ["swarm.demo"],
     ["swarm.server"],
+    ["swarm.health"],
     ["swarm.client"],
     ["swarm.client", "chat"],
     ["swarm.client", "generate"],
@@ -142,7 +143,7 @@ def test_help_answers_at_once(command: list[str], python: Path, tmp_path: Path) 
     assert min(seconds) < HELP_TIMEOUT
 
 
-@pytest.mark.parametrize("module", ["swarm.demo", "swarm.server", "swarm.client"])
+@pytest.mark.parametrize("module", ["swarm.demo", "swarm.server", "swarm.health", "swarm.client"])
 def test_a_wrong_option_is_refused(module: str, python: Path, tmp_path: Path) -> None:
     done = run(python, ["-m", module, "--no-such-option"], tmp_path)
     assert done.returncode == 2

@@ -21,10 +21,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swarm.dht": {"swarm.net"},
     "swarm.client": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
     "swarm.server": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
+    "swarm.health": {"swarm.dht", "swarm.net"},
     "swarm.demo": {"swarm.blocks", "swarm.client", "swarm.server"},
     "swarm": {"swarm.client"},  # the library's front door, opened when first asked for
 }
-LEAVES = {"swarm.errors", "swarm.spans", "swarm.version", "swarm.cli", "swarm.page_keys", "swarm.processes"}
+LEAVES = {
+    "swarm.errors",
+    "swarm.spans",
+    "swarm.version",
+    "swarm.cli",
+    "swarm.listening",
+    "swarm.page_keys",
+    "swarm.processes",
+}
 
 ONLY_HERE = {"hivemind.p2p": "swarm.net.libp2p", "hivemind.dht": "swarm.dht.kademlia"}
 FORBIDDEN = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "tests", "benchmarks"}
@@ -43,7 +52,14 @@ HEAVY = {
 }
 """Packages that may be imported inside a function, since not everybody who imports the module needs them."""
 
-DOORS = {"swarm", "swarm.__main__", "swarm.client.__main__", "swarm.server.__main__", "swarm.demo"}
+DOORS = {
+    "swarm",
+    "swarm.__main__",
+    "swarm.client.__main__",
+    "swarm.server.__main__",
+    "swarm.health.__main__",
+    "swarm.demo",
+}
 """Where a process starts: these import nothing heavy, and rooms of ours only once they are needed."""
 
 TOO_HEAVY_TO_START = {
@@ -256,6 +272,7 @@ for module in sys.argv[1:]:
         "swarm.processes",
         "swarm.client.__main__",
         "swarm.server.__main__",
+        "swarm.health.__main__",
         "swarm.demo",
     ]
     done = subprocess.run(
