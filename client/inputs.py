@@ -98,7 +98,7 @@ class Inputs:
                 journal.truncate(length)
 
     def next_needed(self, block: int, position: int) -> int:
-        """From which position on `block` needs what nobody here knows, if it needs all from `position` on.
+        """From which position on it is not known what goes into `block`, which needs all from `position` on.
 
         A journal that lacks rows at its beginning is given up: they come again, with those after them.
         """
@@ -108,7 +108,7 @@ class Inputs:
         if journal.start > position:
             self.forget(block)
             return position
-        return min(position, journal.end)
+        return journal.end
 
     def forget(self, block: int) -> None:
         """Keep nothing of what goes into `block`."""

@@ -191,11 +191,15 @@ def test_a_hop_that_dies_is_replaced(
             swarm.place(session, at).kill()
 
     @in_virtual_time
-    async def disturbed() -> list[int]:
+    async def disturbed() -> None:
         async with several(model, TWICE, sessions=SessionOptions(push=push)) as swarm:
-            return await answer(swarm, kill)
+            session = await swarm.open()
+            assert await answer(swarm, kill, session) == undisturbed
+            assert session.recoveries == 1
+            held = len(PROMPT) + when - 1 if when else 0
+            assert held - 1 <= session.replayed_tokens <= held, "other hops keep what they hold"
 
-    assert disturbed() == undisturbed
+    disturbed()
 
 
 @pytest.mark.parametrize(("at", "when"), [(0, 4), (1, 0), (1, 4), (2, 4)])
