@@ -49,13 +49,16 @@ class Answer:
         """How many more tokens it may have."""
         return self._most - len(self.tokens)
 
-    def shown_after(self, count: int) -> list[tuple[int, int]]:
-        """The new tokens from number `count` on of which the text shows something, with where they begin.
+    def tokens_after(self, count: int, *, hidden: bool = False) -> list[tuple[int, int]]:
+        """The new tokens from number `count` on of which the text shows something, with where each begins.
 
-        Those that end the answer, or are part of a stop string, are not among them.
+        Those that end the answer, are part of a stop string or of half a character are `hidden`.
         """
-        pairs = zip(self.tokens[len(self.prompt) + count :], self._offsets[count:], strict=False)
-        return list(takewhile(lambda pair: pair[1] < len(self.text), pairs))
+        pairs = zip(self.tokens[len(self.prompt) + count :], self._offsets[count:], strict=True)
+        return list(pairs) if hidden else list(takewhile(self._is_shown, pairs))
+
+    def _is_shown(self, token: tuple[int, int]) -> bool:
+        return token[1] < len(self.text)
 
     def finish(self, reason: FinishReason) -> None:
         if self.finish_reason is None:
@@ -64,10 +67,10 @@ class Answer:
     def push(self, token: int) -> str:
         """Take the next token; what of the text may be shown now."""
         self.tokens.append(token)
+        self._offsets.append(self._written)
         if token in self._eos:
             self.finish("stop")
             return ""
-        self._offsets.append(self._written)
         added = self._detokenizer.push(token)
         self._written += len(added)
         shown = self._scanner.push(added)

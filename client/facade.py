@@ -38,6 +38,7 @@ from swarm.client.routes import OnWaiting, Routes, ServedModel
 from swarm.client.session import Session
 from swarm.dht.directory import Directory
 from swarm.dht.store import RecordStore
+from swarm.errors import SwarmError
 from swarm.net.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -265,6 +266,10 @@ class Swarm:
             PeerReport(announcement, self.model.name, self.directory.rtt(announcement.peer_id))
             for announcement in self.directory.announcements
         ]
+
+    async def wait_failed(self) -> SwarmError:
+        """Wait until this client's own network fails; what it failed of."""
+        return await self._transport.wait_failed()
 
     async def _watch_network(self) -> None:
         self._routes.failure = await self._transport.wait_failed()

@@ -48,8 +48,8 @@ class HopReport:
 
 
 @dataclass(frozen=True)
-class ShownToken:
-    """A token of an answer's text, which begins with its character `offset`; its score, if that is wanted."""
+class AnswerToken:
+    """A token of an answer, its score if that is wanted, and the `offset` at which its text begins."""
 
     token: int
     offset: int
@@ -63,7 +63,7 @@ class Generation:
     `ttft_ms` is the time to the first token, the opening of the session included; `tokens_per_s` the
     rate of the tokens after it. The hops held `cached_tokens` of the prompt's tokens already. Lost hops were
     replaced `recoveries` times, for which `replayed_tokens` were sent again; `journal_bytes` are what the
-    session keeps to be able to. `prompt_scores` are those of the prompt's tokens from the second on.
+    session keeps to be able to.
     """
 
     text: str
@@ -78,7 +78,6 @@ class Generation:
     replayed_tokens: int = 0
     journal_bytes: int = 0
     speculation: SpeculationReport = field(default_factory=SpeculationReport)
-    prompt_scores: tuple[TokenScore, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The contract of `--json`."""
@@ -148,11 +147,19 @@ class TextStream:
     def __aiter__(self) -> AsyncIterator[str]:
         return self._pieces
 
-    def shown_after(self, count: int) -> list[ShownToken]:
-        """The answer's tokens from number `count` on of which its text shows something by now."""
-        found = enumerate(self._answer.shown_after(count), count)
+    @property
+    def prompt_scores(self) -> Sequence[TokenScore]:
+        """Those of the prompt's tokens from the second on, once the first piece is there, if wanted."""
+        return self._decoding.prompt_scores
+
+    def tokens_after(self, count: int, *, hidden: bool = False) -> list[AnswerToken]:
+        """The answer's tokens from number `count` on of which its text shows something by now.
+
+        Those that end the answer, are part of a stop string or of half a character are `hidden`.
+        """
+        found = enumerate(self._answer.tokens_after(count, hidden=hidden), count)
         scores = self._decoding.scores
-        return [ShownToken(token, offset, scores[at] if scores else None) for at, (token, offset) in found]
+        return [AnswerToken(token, offset, scores[at] if scores else None) for at, (token, offset) in found]
 
     def stop(self) -> None:
         self._answer.finish("cancelled")
@@ -211,7 +218,6 @@ class TextStream:
             replayed_tokens=losses.replayed_tokens,
             journal_bytes=session.journal_bytes,
             speculation=self._decoding.report,
-            prompt_scores=tuple(self._decoding.prompt_scores),
         )
 
 

@@ -47,7 +47,7 @@ class Vocabulary:
         Raises:
             InputError: the schema is none, or says what cannot be enforced.
         """
-        return Grammar(self._tokens, LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
+        return Grammar(self._tokens, LLMatcher.grammar_from_json_schema(styled(schema)))
 
     def lark(self, text: str) -> "Grammar":
         """What a grammar in llguidance's dialect of Lark allows.
@@ -111,6 +111,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
         if a != b:
             return at
     return min(len(one), len(other))
+
+
+def styled(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema` with what is said of the blanks in what is written by it."""
+    return {**schema, "x-guidance": JSON_STYLE}
 
 
 def json_text(value: Any) -> str:

@@ -226,9 +226,7 @@ async def test_the_next_attempt_is_made_at_once_where_there_is_another_holder() 
     ],
 )
 @in_virtual_time
-async def test_whatever_a_peer_fails_at_others_are_asked_next(
-    fault: HopError, chosen: str
-) -> None:
+async def test_whatever_a_peer_fails_at_others_are_asked_next(fault: HopError, chosen: str) -> None:
     found = routes(Board(A, B, SPARE, C))
     found.judge(fault)
     assert found.find().hops[1].peer == chosen

@@ -27,6 +27,12 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert seen(SamplingOptions(top_k=3, top_p=0.1, min_p=0.9), draws=5) == {0}
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-6, 1e-5, 1e-4])
+def test_the_smallest_temperatures_take_the_likeliest_too(temperature: float) -> None:
+    for options in ({}, {"top_k": 2}, {"top_p": 5e-324}, {"min_p": 5e-324}, {"repetition_penalty": 0.01}):
+        assert seen(SamplingOptions(temperature=temperature, **options), draws=5) == {0}
+
+
 def test_top_k_top_p_and_min_p_bound_what_is_drawn() -> None:
     assert seen(SamplingOptions(temperature=5.0, top_k=2, seed=1)) == {0, 1}
     assert seen(SamplingOptions(temperature=1.0, top_p=0.5, seed=1)) == {0}
@@ -57,6 +63,33 @@ def test_top_p_leaves_out_what_transformers_does(top_p: float) -> None:
 
 def test_repetition_penalty_sees_the_prompt() -> None:
     assert Sampler(SamplingOptions(repetition_penalty=3.0)).choose([0, 0], LOGITS.clone()) == 1
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    options = SamplingOptions(presence_penalty=0.6, frequency_penalty=0.5)
+    sampler = Sampler(options, first=2)
+    chosen = [sampler.choose([0, 0, *answer], LOGITS.clone()) for answer in ([], [0], [0, 1], [0, 1, 0])]
+    assert chosen == [0, 1, 0, 2]  # 2.0 and 1.0; 0.9 and 1.0; 0.9, -0.1 and 0.5; 0.4, -0.1 and 0.5
+
+
+def test_a_bias_forces_and_bans() -> None:
+    forced = Sampler(SamplingOptions(logit_bias={4: 100.0, 99: 100.0}))
+    assert forced.choose([], LOGITS.clone()) == 4
+    banned = SamplingOptions(temperature=5.0, seed=1, logit_bias={0: -100, 2: -100.0})
+    assert seen(banned) == {1, 3, 4, 5}
+
+
+def test_what_reads_logits_is_not_left_to_the_last_hop() -> None:
+    assert Sampler(SamplingOptions()).takes_likeliest
+    for options in ({"presence_penalty": 1.0}, {"frequency_penalty": -1.0}, {"logit_bias": {1: 1.0}}):
+        assert not Sampler(SamplingOptions(**options)).takes_likeliest
+
+
+def test_additions_leave_the_models_logits_as_they_are() -> None:
+    logits = LOGITS.clone()
+    options = SamplingOptions(presence_penalty=1.0, logit_bias={1: 1.0})
+    Sampler(options).choose([0, 1], logits)
+    assert torch.equal(logits, LOGITS)
 
 
 def test_seeds() -> None:
@@ -130,6 +163,8 @@ def test_scores_are_those_of_transformers_generate(options: dict[str, Any]) -> N
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("nan")),
         ("seed", -1),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", float("nan")),
         ("seed", 2**63),
     ],
 )

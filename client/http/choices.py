@@ -1,0 +1,140 @@
+"""The choices of a request, written at the same time: what each tells, as it comes.
+
+Owns the streams of the choices and the tasks that follow them. What is made of the pieces is not known here.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from swarm.client.generation import AnswerToken, Generation, TextStream
+from swarm.client.http.refusals import RETRY_AFTER, Refusal
+from swarm.client.scores import TokenScore
+
+BOUND = 64
+"""Pieces that may wait for a slow reader; then the choices wait."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Number `index` of the answers to a request, which answers its prompt number `prompt`.
+
+    Its session is for `needed` tokens.
+    """
+
+    index: int
+    prompt: int
+    needed: int
+    begin: Callable[[], TextStream]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A choice has begun; the scores of its prompt's tokens from the second on, where they are wanted."""
+
+    index: int
+    prompt_scores: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of a choice, and the tokens that it shows."""
+
+    index: int
+    text: str
+    tokens: tuple[AnswerToken, ...]
+
+
+@dataclass(frozen=True)
+class End:
+    """A choice has ended; the tokens that came with no piece, those that its text does not show included."""
+
+    index: int
+    tokens: tuple[AnswerToken, ...]
+    answer: Generation
+
+
+Event: TypeAlias = Begin | Piece | End
+"""What a choice tells: that it has begun, pieces, and that it has ended."""
+
+
+class Seats:
+    """How many answers may be written at a time."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.taken = 0
+
+    def take(self, count: int) -> None:
+        """
+        Raises:
+            Refusal: there is no room for so many.
+        """
+        if count > self.most:
+            raise Refusal(
+                400, f"This asks for {count} answers; {self.most} are written at a time.", param="n"
+            )
+        if self.taken + count > self.most:
+            message = f"{self.taken} answers are being written, of {self.most} at most. Try again soon."
+            raise Refusal(429, message, code="no_capacity", retry_after=RETRY_AFTER)
+        self.taken += count
+
+    def leave(self, count: int) -> None:
+        self.taken -= count
+
+
+async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event, None]:
+    """All that `choices` tell, until each has ended. Closing it gives them up.
+
+    Those of one prompt wait for the first of them, so that hops compute the prompt once and find it again.
+
+    Raises:
+        SwarmError: one of them failed; the others are given up.
+    """
+    told: asyncio.Queue[Event | asyncio.Task[None]] = asyncio.Queue()
+    room = asyncio.Semaphore(BOUND)
+    has_read = [asyncio.Event() for _ in range(1 + max(choice.prompt for choice in choices))]
+    firsts = {choice.prompt: choice for choice in reversed(choices)}
+
+    async def tell(event: Event) -> None:
+        await room.acquire()
+        told.put_nowait(event)
+
+    async def follow(choice: Choice) -> None:
+        if firsts[choice.prompt] is not choice:
+            await has_read[choice.prompt].wait()
+        async with aclosing(choice.begin()) as stream:
+            shown, has_begun = 0, False
+            async for text in stream:
+                if not has_begun:
+                    has_begun = True
+                    has_read[choice.prompt].set()
+                    await tell(Begin(choice.index, tuple(stream.prompt_scores)))
+                tokens = tuple(stream.tokens_after(shown))
+                shown += len(tokens)
+                await tell(Piece(choice.index, text, tokens))
+            has_read[choice.prompt].set()
+            if not has_begun:
+                await tell(Begin(choice.index, tuple(stream.prompt_scores)))
+            assert stream.generation is not None
+            await tell(End(choice.index, tuple(stream.tokens_after(shown, hidden=True)), stream.generation))
+
+    tasks = [asyncio.create_task(follow(choice), name=f"choice {choice.index}") for choice in choices]
+    for task in tasks:
+        task.add_done_callback(told.put_nowait)
+    try:
+        left = len(tasks)
+        while left:
+            event = await told.get()
+            if isinstance(event, asyncio.Task):
+                event.result()
+                left -= 1
+            else:
+                room.release()
+                yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
