@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from swarm.client.leg import Deadlines
+from swarm.client.hop_stream import Deadlines
 from swarm.client.options import SessionOptions
 from swarm.client.route import NoRoute
 from swarm.errors import InputError, SwarmError
@@ -485,3 +485,25 @@ async def test_json_of_an_answer_keeps_the_contract() -> None:
     assert set(found["timing"]) == {"ttft_ms", "tokens_per_s"}
     assert set(found["route"][0]) == {"peer", "blocks", "rtt_ms", "compute_ms", "queue_ms"}
     assert found["route"][2]["blocks"] == [4, 6]
+
+
+@pytest.mark.parametrize(("latency", "moves"), [(0.01, True), (0.19, False)])
+@in_virtual_time
+async def test_a_chat_moves_between_turns_if_another_route_is_clearly_better(
+    latency: float, moves: bool
+) -> None:
+    async with toy_swarm({"far": Span(0, 6), "near": Span(0, 6)}, announced=["far"]) as toy:
+        toy.network.set_link("client", toy["far"].peer, latency=0.2)
+        toy.network.set_link("client", toy["near"].peer, latency=latency)
+        await toy.swarm.wait_for_route()
+        chat = toy.swarm.chat(max_new_tokens=40)
+        first = await chat.ask("hi").result()
+        await toy.announce("near")
+        await asyncio.sleep(20.0)
+        second = await chat.ask("and?").result()
+        whole = f"u:hi\na:{first.text}\nu:and?\na:".encode()
+        assert list(second.token_ids) == toy.ends.expected(list(whole), 40)
+        assert [hop.name for hop in first.route] == ["far"]
+        assert [hop.name for hop in second.route] == ["near" if moves else "far"]
+        assert len(toy["far"].closed) == moves
+        await chat.close()
