@@ -13,6 +13,7 @@ from swarm.net.virtual_time import in_virtual_time
 
 SESSION = "0123456789abcdef" * 2
 STEP = messages.Step(
+    number=1,
     session_id=SESSION,
     seq_pos=0,
     payload_type="token_ids",
@@ -27,8 +28,26 @@ ALL = [
     messages.Opened(session_id=SESSION, dtype="bfloat16", codec="scaled", max_step_tokens=5),
     STEP,
     messages.Result(
-        session_id=SESSION, seq_pos=0, response_type="logits", shape=(3, 9), dtype="float16", codec="scaled"
+        number=1,
+        session_id=SESSION,
+        seq_pos=0,
+        response_type="logits",
+        shape=(3, 9),
+        dtype="float16",
+        codec="scaled",
     ),
+    messages.Link(
+        session_id=SESSION, peer="p", addresses=("/a",), to_session=SESSION, dtype="int8", codec="blocks"
+    ),
+    messages.Linked(session_id=SESSION),
+    messages.Feed(session_id=SESSION),
+    messages.Fed(session_id=SESSION),
+    messages.Unfed(session_id=SESSION),
+    messages.Leaving(session_id=SESSION),
+    messages.HandOver(session_id=SESSION, peer="p", addresses=(), to_session=SESSION),
+    messages.HandedOver(session_id=SESSION, tokens=3),
+    messages.Adopt(session_id=SESSION, first=0, end=3, size=12),
+    messages.Adopted(session_id=SESSION),
     messages.Close(session_id=SESSION),
     messages.Closed(session_id=SESSION),
     messages.Error(code="no_capacity", message="Full.", retry_after=1.5),
