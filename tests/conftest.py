@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
 gc.disable()  # until all is imported: what torch brings is large, and none of it is garbage
 settings.register_profile("unit", max_examples=50, deadline=None, database=None)
 settings.load_profile("unit")
