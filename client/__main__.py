@@ -3,12 +3,14 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 from swarm import cli
 from swarm.client.options import SessionOptions
 from swarm.net.forms import Wire
+
+PROGRAM = "python -m swarm.client"
 
 COMMANDS = {
     "chat": ("swarm.client.chat", "talk with a model"),
@@ -18,65 +20,135 @@ COMMANDS = {
     "route": ("swarm.client.route_command", "explain the fastest route"),
 }
 
+EXAMPLES = {
+    "chat": (
+        ("talk with the default model", "%(prog)s --initial-peers ADDRESS"),
+        ("talk with another one, more freely", "%(prog)s --model Qwen/Qwen3-8B --temperature 0.9"),
+    ),
+    "generate": (
+        ("answer a question", "%(prog)s --initial-peers ADDRESS 'What is a swarm?'"),
+        (
+            "continue a text, sampled the same way each time",
+            "%(prog)s --raw --temperature 0.8 --seed 1 < story.txt",
+        ),
+        ("print the answer, its route and its speed as JSON", "%(prog)s --json 'What is a swarm?'"),
+    ),
+    "serve": (
+        ("answer programs on this machine", "%(prog)s --initial-peers ADDRESS"),
+        ("answer others who have a key", "%(prog)s --host 0.0.0.0 --api-key-file keys.txt"),
+    ),
+    "peers": (
+        ("list all servers of a swarm", "%(prog)s --initial-peers ADDRESS"),
+        ("list those of one model, as JSON", "%(prog)s --model smollm2-135m --json"),
+    ),
+    "route": (
+        ("explain the route of a chat", "%(prog)s --initial-peers ADDRESS"),
+        ("explain that of a long document", "%(prog)s --prompt-tokens 8000 --new-tokens 200"),
+    ),
+}
+"""What each command may be used for, with a command line for it."""
 
-def parser() -> argparse.ArgumentParser:
-    root = cli.Parser(prog="python -m swarm.client", description="Use a model that a swarm serves.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+
+def parser(program: str = PROGRAM) -> cli.Parser:
+    root = cli.Parser(
+        prog=program,
+        description=f"Use a model that a swarm serves. '{program} COMMAND --help' tells a command's options.",
+        epilog=cli.examples(*_first_examples()),
+    )
+    commands = root.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser
+    )
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
-        cli.shared_options(command)
-        if name == "generate":
-            _generate_options(command)
-        if name == "serve":
-            _serve_options(command)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[:1].upper()}{text[1:]}.",
+            epilog=cli.examples(*EXAMPLES[name]),
+            place=cli.Place(f"client.{name}", siblings=tuple(COMMANDS)),
+        )
         if name in ("chat", "generate"):
             _answer_options(command, temperature=0.0 if name == "generate" else 0.5)
+        if name == "generate":
+            _prompt_options(command)
+        if name == "serve":
+            _serve_options(command)
         if name in ("chat", "generate", "serve"):
             _session_options(command)
-        if name == "peers":
-            command.set_defaults(model=None)
         if name == "route":
             _route_options(command)
+        cli.shared_options(command, model=None if name == "peers" else cli.DEFAULT_MODEL)
     return root
 
 
-def _generate_options(command: argparse.ArgumentParser) -> None:
+def _first_examples() -> Iterator[tuple[str, str]]:
+    """One for each command, as the command above them shows them."""
+    for name, ((purpose, line), *_) in EXAMPLES.items():
+        yield purpose, line.replace("%(prog)s", f"%(prog)s {name}")
+
+
+def _prompt_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="what to answer; standard input if it is - or left out"
     )
-    command.add_argument(
-        "--raw", action="store_true", help="continue the prompt as text, without a chat template"
-    )
-    command.add_argument("--ignore-eos", action="store_true", help="go on where the model would end")
+    add = command.add_argument_group("prompt").add_argument
+    add("--raw", action="store_true", help="continue the prompt as text, without a chat template")
+    add("--ignore-eos", action="store_true", help="go on where the model would end")
 
 
 def _answer_options(command: argparse.ArgumentParser, temperature: float) -> None:
     add = command.add_argument_group("answer").add_argument
     add(
         "--max-new-tokens",
-        type=int,
+        type=cli.whole_number,
         default=256,
         metavar="N",
-        help="end after N (default: %(default)s)",
+        help="end after N tokens (default: %(default)s)",
     )
     add(
         "--temperature",
-        type=float,
+        type=cli.number,
         default=temperature,
         metavar="T",
-        help="0: greedy (default: %(default)g)",
+        help="0 always takes the likeliest token, 1 samples as the model says (default: %(default)g)",
     )
-    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that make up P")
+    add(
+        "--top-k",
+        type=cli.whole_number,
+        metavar="K",
+        help="choose among the K likeliest tokens (default: all)",
+    )
+    add(
+        "--top-p",
+        type=cli.number,
+        metavar="P",
+        help="choose among the likeliest tokens that together make up P, 0 to 1 (default: all)",
+    )
     add(
         "--min-p",
-        type=float,
+        type=cli.number,
         metavar="P",
-        help="leave out what is less likely than P times the best",
+        help="leave out tokens less likely than P times the likeliest, 0 to 1 (default: none)",
     )
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, repeat less")
-    add("--seed", type=int, metavar="N", help="the same seed samples the same text")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
+    add(
+        "--repetition-penalty",
+        type=cli.number,
+        default=1.0,
+        metavar="R",
+        help="above 1, repeat less (default: %(default)g)",
+    )
+    add(
+        "--seed",
+        type=cli.whole_number,
+        metavar="N",
+        help="the same seed samples the same text (default: another one each time)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT; may be given several times",
+    )
     add(
         "--no-speculation",
         dest="speculate",
@@ -89,28 +161,46 @@ def _answer_options(command: argparse.ArgumentParser, temperature: float) -> Non
 def _draft_option(add: Callable[..., argparse.Action]) -> None:
     add(
         "--draft-model",
-        metavar="NAME_OR_PATH",
-        help="draft with this small model of the same vocabulary, on this machine",
+        metavar="NAME",
+        help="draft with this small model of the same vocabulary, on this machine (default: none)",
     )
 
 
 def _serve_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("API").add_argument
-    add("--host", default="127.0.0.1", metavar="HOST", help="where to listen (default: %(default)s)")
-    add("--port", type=_port, default=8000, metavar="PORT", help="0 is a free one (default: %(default)s)")
-    add("--api-key", action="append", default=[], metavar="KEY", help="a key that may ask; may be repeated")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address to listen on; 0.0.0.0 is all of this machine's (default: %(default)s)",
+    )
+    add(
+        "--port",
+        type=cli.port,
+        default=8000,
+        metavar="PORT",
+        help="the TCP port to listen on; 0 takes a free one (default: %(default)s)",
+    )
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key that may ask, which other users of this machine can see here; may be given several times"
+        " (default: anybody may ask)",
+    )
     add(
         "--api-key-file",
         type=cli.file_path,
         metavar="FILE",
-        help="a file with keys that may ask, one a line",
+        help="a file with keys that may ask, one a line (default: none)",
     )
     add(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a site whose pages may ask, for example https://chat.example; may be repeated",
+        help="a site whose pages may ask, for example https://chat.example; may be given several times",
     )
     add(
         "--max-answers",
@@ -124,13 +214,13 @@ def _serve_options(command: argparse.ArgumentParser) -> None:
         type=cli.count,
         default=2048,
         metavar="N",
-        help="end a chat's answer after N where a request does not say it (default: %(default)s)",
+        help="end a chat's answer after N tokens where a request does not say it (default: %(default)s)",
     )
     add(
         "--patience",
         type=cli.duration,
         default=10.0,
-        metavar="S",
+        metavar="TIME",
         help="refuse a request that finds no servers with room for so long (default: %(default)g seconds)",
     )
     _draft_option(add)
@@ -156,7 +246,7 @@ def _session_options(command: argparse.ArgumentParser) -> None:
         type=cli.size,
         default=defaults.journal_memory,
         metavar="SIZE",
-        help="memory for what is needed when a server is lost (default: 256MiB)",
+        help="memory for what is needed when a server is lost, for all sessions (default: 256MiB)",
     )
     add(
         "--journal-disk",
@@ -165,12 +255,6 @@ def _session_options(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="room for more of it in a temporary file (default: 4GiB)",
     )
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port; ports go from 0 to 65535")
-    return int(text)
 
 
 def _route_options(command: argparse.ArgumentParser) -> None:
@@ -191,8 +275,8 @@ def _route_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
+    args = parser(program).parse_args(arguments)
 
     async def command(args: argparse.Namespace) -> int:
         module, _ = COMMANDS[args.command]

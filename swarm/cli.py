@@ -1,4 +1,4 @@
-"""What every command shares: its options, its life from start to exit code, JSON lines, logs, progress.
+"""What every command shares: its command line, its life from start to exit code, JSON lines, logs, progress.
 
 Imports nothing heavy, so that `--help` answers at once, and knows no room: a command hands its
 coroutine to `run` and gets an exit code back.
@@ -10,173 +10,60 @@ import gc
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
+from swarm.configuring import Place
 from swarm.errors import SwarmError
+from swarm.help_text import examples
+from swarm.option_values import addresses, count, duration, file_path, number, port, size, whole_number
+from swarm.parsing import DEFAULT_MODEL, Parser, shared_options
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+__all__ = [
+    "DEFAULT_MODEL",
+    "CommandMain",
+    "OnProgress",
+    "Parser",
+    "Place",
+    "Progress",
+    "addresses",
+    "configure_logging",
+    "count",
+    "duration",
+    "emit",
+    "emit_error",
+    "examples",
+    "file_path",
+    "in_thread",
+    "number",
+    "port",
+    "print_error",
+    "run",
+    "shared_options",
+    "size",
+    "whole_number",
+]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DEFAULT_MODEL = "smollm2-135m"
-PEERS_OPTION = "--initial-peers"
-PEERS_VARIABLE = "SWARM_INITIAL_PEERS"
-
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-
-_ADDRESS_START = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr)/")
-_DURATION_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SIZE_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 CommandMain = Callable[[argparse.Namespace], Coroutine[Any, Any, int]]
 OnProgress = Callable[[float], None]
 """Called with the finished fraction of a long step, 0 to 1."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one sentence, a hint and exit code 2.
-
-    The addresses after `--initial-peers` end where something else begins, so that a prompt may follow.
-    """
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        given = sys.argv[1:] if args is None else args
-        return super().parse_known_args(_join_addresses(given), namespace)
-
-    def error(self, message: str) -> NoReturn:
-        sentence = message[:1].upper() + message[1:].rstrip(".")
-        self.exit(EXIT_USAGE, f"error: {sentence}.\nhint: '{self.prog} --help' shows what can be given.\n")
-
-
-def _join_addresses(arguments: Sequence[str]) -> list[str]:
-    """Make `--initial-peers A B` one argument, `--initial-peers=A,B`."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1].partition("=")[0] == PEERS_OPTION and _ADDRESS_START.match(argument):
-            joined[-1] += ("=" if joined[-1] == PEERS_OPTION else ",") + argument
-        else:
-            joined.append(argument)
-    return joined
-
-
-class _AddAddresses(argparse.Action):
-    """Each use of the option adds its addresses; the first one replaces the default."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        earlier = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if earlier is self.default else earlier + values)
-
-
-def shared_options(
-    parser: argparse.ArgumentParser, *, timeout: float = 60.0, joins: bool = True, names_model: bool = True
-) -> None:
-    """Add the options that every command takes. `timeout` is the command's own default, in seconds.
-
-    They are read as `args.model`, `.initial_peers` (tuple of addresses), `.identity` (Path or None),
-    `.json`, `.timeout` (seconds) and `.verbose`. A command that `joins` no swarm of others has neither
-    initial peers nor an identity; one that is about no model in particular has no `model`.
-    """
-    group = parser.add_argument_group("shared options")
-    if names_model:
-        group.add_argument(
-            "--model",
-            default=DEFAULT_MODEL,
-            metavar="NAME",
-            help="a local folder, a hub repository or an alias (default: %(default)s)",
-        )
-    if joins:
-        _joining_options(group)
-    group.add_argument("--json", action="store_true", help="print machine-readable lines on standard output")
-    group.add_argument(
-        "--timeout",
-        type=duration,
-        default=timeout,
-        metavar="S",
-        help="the longest to wait for the swarm, for example 30, 90s or 2m (default: %(default)g seconds)",
-    )
-    group.add_argument(
-        "-v", "--verbose", action="store_true", help="show what happens inside, on standard error"
-    )
-
-
-def _joining_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        PEERS_OPTION,
-        action=_AddAddresses,
-        type=addresses,
-        default=os.environ.get(PEERS_VARIABLE, ""),
-        metavar="ADDR",
-        help=f"one or more addresses to join by, as a server prints them (default: ${PEERS_VARIABLE})",
-    )
-    group.add_argument(
-        "--identity", type=file_path, metavar="FILE", help="this peer's key; made if it does not exist"
-    )
-
-
-def addresses(text: str) -> tuple[str, ...]:
-    """Peer addresses separated by spaces or commas, each naming the peer it leads to."""
-    found = tuple(part for part in re.split(r"[\s,]+", text) if part)
-    for address in found:
-        if not (_ADDRESS_START.match(address) and "/p2p/" in address):
-            raise argparse.ArgumentTypeError(
-                f"'{address}' is not the address of a peer; it looks like /ip4/192.0.2.1/tcp/4001/p2p/PEER"
-            )
-    return found
-
-
-def file_path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def duration(text: str) -> float:
-    """Seconds from `"30"`, `"1.5s"`, `"200ms"`, `"2m"` or `"1h"`; more than zero."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)", text.strip())
-    seconds = float(match[1]) * _DURATION_UNITS[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a time; write it like 30, 90s or 2m")
-    return seconds
-
-
-def size(text: str) -> int:
-    """Bytes from `"512MB"` (powers of 1000), `"2GiB"` (powers of 1024) or a plain number; more than zero."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
-    if match and match[3] and not match[2]:
-        match = None
-    scale = (1024 if match[3] else 1000) ** _SIZE_UNITS[match[2]] if match else 0
-    count = int(float(match[1]) * scale) if match else 0
-    if count <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size; write it like 512MB or 2GiB")
-    return count
-
-
-def count(text: str) -> int:
-    """A whole number of at least one."""
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
 
 
 def emit(event: dict[str, Any] | list[Any]) -> None:

@@ -39,22 +39,36 @@ LEAVING = ("draining", "left")
 CHAT_TEMPERATURE = 0.5
 
 
-def main() -> int:
-    parser = cli.Parser(
-        prog="python -m swarm.demo",
+PROGRAM = "python -m swarm.demo"
+EXAMPLES = cli.examples(
+    ("chat", "%(prog)s"),
+    ("ask one question", "%(prog)s 'What is a swarm?'"),
+    ("ask what a file holds, and print events and the answer as JSON", "%(prog)s --json < question.txt"),
+)
+
+
+def parser(program: str = PROGRAM) -> cli.Parser:
+    root = cli.Parser(
+        prog=program,
+        place=cli.Place("demo"),
         description="Start three servers on this machine, each with a third of a model, and talk to them.",
+        epilog=EXAMPLES,
     )
-    parser.add_argument(
+    root.add_argument(
         "prompt",
         nargs="?",
         metavar="PROMPT",
         help="answer this and leave; without it, answer standard input or, in a terminal, open a chat",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="numbers to compute in; default: %(default)s"
+    root.add_argument_group("servers").add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="numbers to compute in (default: %(default)s)"
     )
-    cli.shared_options(parser, timeout=READY_TIMEOUT, joins=False)
-    return cli.run(_main, parser.parse_args())
+    cli.shared_options(root, timeout=READY_TIMEOUT, joins=False)
+    return root
+
+
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
+    return cli.run(_main, parser(program).parse_args(arguments))
 
 
 async def _main(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from swarm.configuring import without_options
 from swarm.errors import SwarmError
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,12 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ):
-        """`environment` is added to this process's own."""
+        """`environment` is added to this process's own, without what that sets of a command's options."""
         self.name = name
         self.log = log
         self.events: list[Event] = []
         self._command = [sys.executable, "-m", module, *arguments, "--json"]
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = {**without_options(os.environ), **(environment or {})}
         self._on_event = on_event
         self._news = asyncio.Event()
         self._has_ended = False

@@ -8,15 +8,35 @@ from swarm import cli
 DESCRIPTION = """Show how a swarm is, as a web page that keeps itself fresh: which models can be run, who
 serves which blocks, and where one more server helps most. It joins the swarm and serves nothing to it."""
 
+EXAMPLES = cli.examples(
+    ("show a swarm in this machine's browser", "%(prog)s --initial-peers ADDRESS"),
+    (
+        "show it to everybody in the network, on port 80",
+        "%(prog)s --initial-peers ADDRESS --host 0.0.0.0 --port 80",
+    ),
+)
+
+PROGRAM = "python -m swarm.health"
 JOIN_TIMEOUT = 30.0
 LEAST_PERIOD = 0.2
 
 
-def parser() -> argparse.ArgumentParser:
-    root = cli.Parser(prog="python -m swarm.health", description=DESCRIPTION)
+def parser(program: str = PROGRAM) -> cli.Parser:
+    root = cli.Parser(prog=program, place=cli.Place("health"), description=DESCRIPTION, epilog=EXAMPLES)
     add = root.add_argument_group("page").add_argument
-    add("--host", default="127.0.0.1", metavar="HOST", help="where to listen (default: %(default)s)")
-    add("--port", type=_port, default=8080, metavar="PORT", help="0 is a free one (default: %(default)s)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address to listen on; 0.0.0.0 is all of this machine's (default: %(default)s)",
+    )
+    add(
+        "--port",
+        type=cli.port,
+        default=8080,
+        metavar="PORT",
+        help="the TCP port to listen on; 0 takes a free one (default: %(default)s)",
+    )
     add(
         "--history",
         metavar="FILE",
@@ -26,17 +46,11 @@ def parser() -> argparse.ArgumentParser:
         "--period",
         type=_period,
         default=5.0,
-        metavar="S",
-        help="read the records so often (default: every %(default)g seconds)",
+        metavar="TIME",
+        help="read the swarm's records so often (default: every %(default)g seconds)",
     )
     cli.shared_options(root, timeout=JOIN_TIMEOUT, names_model=False)
     return root
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port; ports go from 0 to 65535")
-    return int(text)
 
 
 def _period(text: str) -> float:
@@ -46,8 +60,8 @@ def _period(text: str) -> float:
     return seconds
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return cli.run(_main, parser().parse_args(arguments))
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
+    return cli.run(_main, parser(program).parse_args(arguments))
 
 
 async def _main(args: argparse.Namespace) -> int:

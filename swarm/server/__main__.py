@@ -6,16 +6,32 @@ import sys
 from swarm import cli
 from swarm.server.config import JOIN_TIMEOUT, add_options, config_from
 
+PROGRAM = "python -m swarm.server"
+
 DESCRIPTION = """Serve blocks of a model to a swarm. Without --initial-peers a new swarm begins, and the
 commands with which others join it are printed. Without --identity each start is a new peer; with it, the
 peer keeps its id."""
 
+EXAMPLES = cli.examples(
+    ("begin a swarm with the first half of a model", "%(prog)s --blocks 0:15 --port 31337"),
+    ("join it with the other half, from another machine", "%(prog)s --blocks 15:30 --initial-peers ADDRESS"),
+    (
+        "serve a model of one's own, as the same peer each time",
+        "%(prog)s --model ./Qwen3-8B --identity peer.key",
+    ),
+    ("keep the options in a file", "%(prog)s --kv-tokens 8192 --print-config > swarm.toml"),
+)
 
-def main() -> int:
-    parser = cli.Parser(prog="python -m swarm.server", description=DESCRIPTION)
-    add_options(parser)
-    cli.shared_options(parser, timeout=JOIN_TIMEOUT)
-    return cli.run(_main, parser.parse_args())
+
+def parser(program: str = PROGRAM) -> cli.Parser:
+    root = cli.Parser(prog=program, place=cli.Place("server"), description=DESCRIPTION, epilog=EXAMPLES)
+    add_options(root)
+    cli.shared_options(root, timeout=JOIN_TIMEOUT)
+    return root
+
+
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
+    return cli.run(_main, parser(program).parse_args(arguments))
 
 
 async def _main(args: argparse.Namespace) -> int:

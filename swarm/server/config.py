@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.cli import count, duration, size
+from swarm.cli import count, duration, number, port, size
 from swarm.errors import InputError
 from swarm.spans import Span
 
@@ -69,9 +69,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _what_options(parser.add_argument_group("what to serve"))
     _resource_options(parser.add_argument_group("what it may take"))
     _where_options(parser.add_argument_group("where to be reached"))
-    parser.add_argument(
-        "--exit-with-stdin", action="store_true", help="leave the swarm when standard input is closed"
-    )
 
 
 def _what_options(what: argparse._ArgumentGroup) -> None:
@@ -79,23 +76,28 @@ def _what_options(what: argparse._ArgumentGroup) -> None:
         "--blocks",
         metavar="A:B",
         type=_blocks,
-        help="serve blocks A to B-1; default: auto, all blocks of the model",
+        help="serve blocks A to B-1 (default: auto, all blocks of the model)",
     )
     what.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
         help="numbers to compute in; auto keeps 16-bit weights as they are (on a CPU as float16, computing in"
-        " float32; on a GPU in the checkpoint's own dtype) and takes float32 otherwise",
+        " float32; on a GPU in the checkpoint's own dtype) and takes float32 else (default: %(default)s)",
     )
     what.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
         default="none",
         help="keep the weights in 8 or 4 bits, less exact, to save memory; several times slower on a CPU."
-        " nf4 needs the package bitsandbytes; default: %(default)s",
+        " nf4 needs the package bitsandbytes (default: %(default)s)",
     )
-    what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    what.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="what to compute on: auto, cpu, cuda or cuda:N (default: %(default)s)",
+    )
     what.add_argument(
         "--no-prefix-cache",
         dest="prefix_cache",
@@ -109,76 +111,84 @@ def _resource_options(takes: argparse._ArgumentGroup) -> None:
         "--memory-limit",
         metavar="SIZE",
         type=size,
-        help="main memory that weights, KV and work space may take together, for example 4GiB or 900MiB;"
-        " default: what is free",
+        help="main memory that weights, KV and work space may take together, for example 4GiB or 900MiB"
+        " (default: what is free)",
     )
     takes.add_argument(
         "--max-vram-mb",
         metavar="N",
         type=count,
-        help="the same for the GPU's memory, in MiB; default: what is free",
+        help="the same for the GPU's memory, in MiB (default: what is free)",
     )
     takes.add_argument(
         "--kv-tokens",
         metavar="N",
         type=count,
-        help="tokens that all sessions together may hold; default: what the memory leaves beside the weights",
+        help="tokens that all sessions together may hold (default: what memory is left beside the weights)",
     )
     takes.add_argument(
         "--kv-overcommit",
         metavar="X",
-        type=_number,
+        type=number,
         default=1.0,
         help="promise sessions X times the tokens that there is memory for, since most end early; a step may"
-        " then have to wait for others to end; default: %(default)g",
+        " then have to wait for others to end (default: %(default)g)",
     )
     takes.add_argument(
         "--threads",
         metavar="N",
         type=count,
-        help="CPU threads to compute with; default: the cores of this machine divided by the servers that run"
-        " on it when this one loads its blocks. Servers that load earlier do not make room for later ones:"
-        " give each its share where several start together",
+        help="CPU threads to compute with. Servers that load earlier do not make room for later ones: give"
+        " each its share where several start together (default: the cores of this machine divided by the"
+        " servers that run on it when this one loads its blocks)",
     )
     takes.add_argument(
         "--evict-after",
-        metavar="DURATION",
+        metavar="TIME",
         type=duration,
         help="give the memory back after that time without a session, for example 30s, 10m or 2h, and load"
-        " again for the next one; default: never. The signal SIGUSR1 asks for it at any time",
+        " again for the next one; the signal SIGUSR1 asks for it at any time (default: never)",
     )
 
 
 def _where_options(where: argparse._ArgumentGroup) -> None:
-    where.add_argument(
+    listening = where.add_mutually_exclusive_group()
+    listening.add_argument(
         "--port",
         metavar="PORT",
-        type=int,
-        help="TCP port to listen on, on all interfaces; default: a free one",
+        type=port,
+        help="TCP port to listen on, on all interfaces; 0 takes a free one (default: 0)",
     )
-    where.add_argument(
+    listening.add_argument(
         "--host-maddrs",
         metavar="MADDR",
         nargs="+",
         default=[],
-        help="listen on these multiaddrs instead of --port",
+        help="listen on these multiaddrs instead of --port, for example /ip4/192.0.2.7/tcp/31337",
     )
     where.add_argument(
         "--announce-maddrs",
         metavar="MADDR",
         nargs="+",
         default=[],
-        help="tell others these addresses instead",
+        help="tell others these addresses instead of those that it listens on, for example where a router"
+        " forwards a port (default: those)",
     )
     where.add_argument(
-        "--public-name", metavar="NAME", default="", help="what people see instead of a peer id"
+        "--public-name",
+        metavar="NAME",
+        default="",
+        help="what people see instead of a peer id, up to 100 characters",
     )
     where.add_argument(
         "--metrics-port",
         metavar="PORT",
-        type=int,
+        type=port,
         help="answer /metrics for Prometheus, /shard and /healthz on this TCP port of 127.0.0.1; 0 takes a"
-        " free one; default: none",
+        " free one (default: none)",
+    )
+    where.add_argument(
+        "--exit-with-stdin", action="store_true", help="leave the swarm when standard input is closed"
     )
 
 
@@ -202,7 +212,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         prefix_cache=args.prefix_cache,
         threads=args.threads,
         evict_after=args.evict_after,
-        metrics_port=_port("--metrics-port", args.metrics_port),
+        metrics_port=args.metrics_port,
         host_maddrs=_host_maddrs(args.port, tuple(args.host_maddrs)),
         announce_maddrs=tuple(args.announce_maddrs),
         public_name=args.public_name,
@@ -222,15 +232,7 @@ def _max_vram(mebibytes: int | None, device: str) -> int | None:
 def _host_maddrs(port: int | None, given: tuple[str, ...]) -> tuple[str, ...]:
     if given and port is not None:
         raise InputError("--port and --host-maddrs both say where to listen.", "Give one of them.")
-    return given or (f"/ip4/0.0.0.0/tcp/{_port('--port', port) or 0}",)
-
-
-def _port(option: str, port: int | None) -> int | None:
-    if port is not None and not 0 <= port < 65536:
-        raise InputError(
-            f"{option} {port} is not possible.", "Give a port from 1 to 65535, or 0 for a free one."
-        )
-    return port
+    return given or (f"/ip4/0.0.0.0/tcp/{port or 0}",)
 
 
 def _blocks(text: str) -> Span | None:
@@ -240,10 +242,3 @@ def _blocks(text: str) -> Span | None:
         return Span.parse(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error

@@ -1,4 +1,4 @@
-"""The shared command line: options, exit codes, signals, JSON lines and progress."""
+"""What commands share from start to exit code: errors, signals, JSON lines and progress."""
 
 import argparse
 import asyncio
@@ -12,23 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from swarm import cli
 from swarm.errors import InputError, SwarmError
 
-ONE = "/ip4/192.0.2.1/tcp/4001/p2p/QmOne"
-TWO = "/ip6/::1/tcp/4002/p2p/QmTwo"
-
 
 @pytest.fixture(autouse=True)
-def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quiet_environment() -> Iterator[None]:
     """Gives back what `configure_logging` changes in this process."""
-    monkeypatch.delenv(cli.PEERS_VARIABLE, raising=False)
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     swarm_level = logging.getLogger("swarm").level
@@ -40,100 +33,6 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in set(os.environ) - set(before):
         del os.environ[name]
     os.environ.update(before)
-
-
-def parse(*arguments: str) -> argparse.Namespace:
-    parser = cli.Parser(prog="test")
-    parser.add_argument("prompt", nargs="?")
-    cli.shared_options(parser, timeout=7.0)
-    return parser.parse_args(arguments)
-
-
-def test_defaults() -> None:
-    args = parse()
-    assert (args.model, args.initial_peers, args.identity) == ("smollm2-135m", (), None)
-    assert (args.json, args.timeout, args.verbose, args.prompt) == (False, 7.0, False, None)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--initial-peers", ONE, TWO, "Hello there"],
-        ["--initial-peers", ONE, "Hello there", "--initial-peers", TWO],
-        [f"--initial-peers={ONE}", TWO, "Hello there"],
-        ["--initial-peers", f"{ONE},{TWO}", "--json", "Hello there"],
-        ["Hello there", "--initial-peers", f"{ONE} {TWO}"],
-    ],
-)
-def test_addresses_end_where_the_prompt_begins(arguments: list[str]) -> None:
-    args = parse(*arguments)
-    assert args.initial_peers == (ONE, TWO)
-    assert args.prompt == "Hello there"
-
-
-def test_addresses_come_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SWARM_INITIAL_PEERS", f" {ONE}, {TWO}\n")
-    assert parse().initial_peers == (ONE, TWO)
-    assert parse("--initial-peers", TWO).initial_peers == (TWO,)
-
-
-def test_addresses_reach_a_command_behind_a_subparser() -> None:
-    parser = cli.Parser(prog="test")
-    command = parser.add_subparsers(parser_class=cli.Parser).add_parser("generate")
-    command.add_argument("prompt")
-    cli.shared_options(command)
-    args = parser.parse_args(["generate", "--initial-peers", ONE, TWO, "Hi"])
-    assert (args.initial_peers, args.prompt) == ((ONE, TWO), "Hi")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--initial-peers"],
-        ["--initial-peers", "example.org:4001"],
-        ["--initial-peers", "/ip4/192.0.2.1/tcp/4001"],
-        ["--timeout", "0"],
-        ["--timeout", "-3"],
-        ["--timeout", "nan"],
-        ["--timeout", "soon"],
-        ["--no-such-option"],
-    ],
-)
-def test_a_mistake_is_one_sentence_a_hint_and_exit_code_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse(*arguments)
-    assert ended.value.code == 2
-    error, hint = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ")
-    assert error.endswith(".")
-    assert hint.startswith("hint: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("30", 30), ("1.5s", 1.5), ("200ms", 0.2), ("2m", 120), ("1h", 3600), (" 3 s ", 3)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert cli.duration(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5", 5), ("5b", 5), ("1k", 1000), ("1KiB", 1024), ("512MB", 512 * 10**6), ("1.5 GiB", 3 * 2**29)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert cli.size(text) == size
-
-
-@given(st.text(max_size=12))
-def test_any_text_is_a_value_or_refused(text: str) -> None:
-    for read in (cli.duration, cli.size, cli.count):
-        try:
-            value: float = read(text)
-        except argparse.ArgumentTypeError:
-            continue
-        assert value > 0
 
 
 def ends_with(error: BaseException, *, as_json: bool = False) -> int:
@@ -339,8 +238,3 @@ def test_progress_in_a_terminal_draws_bars(monkeypatch: pytest.MonkeyPatch) -> N
     assert "Loading" in shown
     assert "25%" in shown
     assert "100%" in shown
-
-
-def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse("--identity", "~/key").identity == tmp_path / "key"

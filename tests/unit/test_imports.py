@@ -31,8 +31,13 @@ LEAVES = {
     "swarm.spans",
     "swarm.version",
     "swarm.cli",
+    "swarm.config_text",
+    "swarm.configuring",
+    "swarm.help_text",
     "swarm.listening",
+    "swarm.option_values",
     "swarm.page_keys",
+    "swarm.parsing",
     "swarm.processes",
 }
 
