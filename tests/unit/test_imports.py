@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swarm.server": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
     "swarm.health": {"swarm.dht", "swarm.net"},
     "swarm.demo": {"swarm.blocks", "swarm.client", "swarm.server"},
+    "swarm.__main__": {"swarm.client", "swarm.demo", "swarm.health", "swarm.server"},
     "swarm": {"swarm.client"},  # the library's front door, opened when first asked for
 }
 LEAVES = {
@@ -54,6 +55,7 @@ HEAVY = {
     "gguf",
     "numpy",
     "rich",
+    "shtab",
     "uvloop",
 }
 """Packages that may be imported inside a function, since not everybody who imports the module needs them."""
@@ -274,6 +276,7 @@ for module in sys.argv[1:]:
 """
     doors = [
         "swarm",
+        "swarm.__main__",
         "swarm.cli",
         "swarm.processes",
         "swarm.client.__main__",
