@@ -110,6 +110,10 @@ class KademliaStore:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def peers(self) -> int:
+        return len(self._node.protocol.routing_table.uid_to_peer_id)
+
     def now(self) -> float:
         return time.time()
 

@@ -21,6 +21,10 @@ class MemoryStore:
         self._signatures = SignatureMemory()
         self._table: dict[str, dict[str, bytes]] = {}
 
+    @property
+    def peers(self) -> int:
+        return len({peer for held in self._table.values() for peer in held})
+
     def another(self) -> "MemoryStore":
         """A store for one more peer, over the same table and clock."""
         store = MemoryStore(self.now)

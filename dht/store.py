@@ -22,6 +22,11 @@ class RecordStore(Protocol):
     dropped: Counter[str]
     """How many records were refused on the way in or out, by the word of their `RecordError`."""
 
+    @property
+    def peers(self) -> int:
+        """How many other peers this one knows to keep records."""
+        ...
+
     def now(self) -> float:
         """The clock that records expire by, in unix seconds."""
         ...

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swarm.health.allowance import Allowance
+from swarm.allowance import Allowance
 from swarm.health.metrics import registry_of
 from swarm.health.pages import Rendering, html_of, json_of
 from swarm.health.watch import Watch

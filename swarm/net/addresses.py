@@ -35,6 +35,35 @@ class Address:
         return f"{self.path}/p2p/{self.peer}"
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """The machine and the port that an address leads to first; `is_relayed` if it goes on from there.
+
+    `kind` is that of `host`: ip4, ip6, dns, dns4 or dns6.
+    """
+
+    kind: str
+    host: str
+    protocol: str
+    port: int
+    is_relayed: bool = False
+
+
+def endpoint_of(address: Address | str) -> Endpoint | None:
+    """Where an address leads first; None if it is malformed."""
+    text = address.path if isinstance(address, Address) else address
+    if not _is_path(text):
+        return None
+    _, kind, host, protocol, port, *more = text.split("/")
+    return Endpoint(kind, host, protocol, int(port), "p2p-circuit" in more)
+
+
+def ip_of(address: str) -> str:
+    """The IP address that a multiaddr begins with; empty if it does not, or is malformed."""
+    found = endpoint_of(address)
+    return found.host if found is not None and found.kind in ("ip4", "ip6") else ""
+
+
 def parse_address(text: str) -> Address:
     """The address of a peer, ending in `/p2p/PEER`.
 

@@ -15,6 +15,8 @@ from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, Stre
 
 _ANSWERS: dict[type[AnyMessage], type[AnyMessage]] = {
     messages.Ping: messages.Pong,
+    messages.Observe: messages.Observed,
+    messages.DialBack: messages.DialledBack,
     messages.Open: messages.Opened,
     messages.Step: messages.Result,
     messages.Link: messages.Linked,

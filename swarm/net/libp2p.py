@@ -6,6 +6,7 @@ hivemind's client of the daemon and patches nothing. What peers say to each othe
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -32,6 +33,8 @@ from swarm.net.transport import (
     Buffer,
     FrameError,
     OnStream,
+    OtherPeer,
+    OtherProtocol,
     PeerId,
     PeerUnreachable,
     StreamClosed,
@@ -56,6 +59,8 @@ LINGER = 5.0
 """Seconds for what was sent before a close to leave."""
 
 _NO_ROUTING_YET = "failed to find any peer in table"
+_OTHER_PEER = "peer id mismatch"
+_FOUND = re.compile(r"remote key matches (\w{1,128})")
 _P2P_CODE = b"\xa5\x03"  # the varint of 421, multiaddr's code of /p2p/
 
 
@@ -188,6 +193,15 @@ class Libp2pTransport:
             _, known = await self.p2p._client.identify()
         return [f"{text}/p2p/{self.peer}" for text in _texts(known)]
 
+    async def seen_at(self, peer: PeerId) -> str:
+        self._check_usable()
+        async with self._daemon_calls():
+            response, _, writer = await self._ask(Request(type=Request.LIST_PEERS))
+        writer.close()
+        own = _peer_bytes(peer)
+        ends = (Multiaddr(text) for known in response.peers if known.id == own for text in known.addrs)
+        return next(iter(_texts(ends)), "")
+
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
         self._inbound = Inbound(on_stream)
@@ -234,8 +248,8 @@ class Libp2pTransport:
         dialling = {asyncio.create_task(self._connect(peer.peer, [peer])) for peer in peers}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                for connected in asyncio.as_completed(dialling):
-                    if await connected:
+                for fault in asyncio.as_completed(dialling):
+                    if not await fault:
                         break
                 else:
                     raise TimeoutError
@@ -252,22 +266,26 @@ class Libp2pTransport:
                 task.cancel()
             await asyncio.gather(*dialling, return_exceptions=True)
 
-    async def _connect(self, peer: PeerId, addresses: Iterable[Address]) -> bool:
-        """Have the daemon connected to `peer`, by one of these addresses if it is not yet."""
+    async def _connect(self, peer: PeerId, addresses: Iterable[Address]) -> str:
+        """Have the daemon connected to `peer`, by one of these addresses if it is not yet.
+
+        Returns what kept it from that, in the daemon's words; empty if it is connected.
+        """
         target = ConnectRequest(peer=_peer_bytes(peer), addrs=_encoded(addresses))
         try:
             _, _, writer = await self._ask(Request(type=Request.CONNECT, connect=target))
         except (P2PDaemonError, OSError, EOFError) as error:
             logger.debug("peer %s cannot be dialled: %s", peer, error)
-            return False
+            return str(error) or "no answer"
         writer.close()
-        return True
+        return ""
 
     async def _open(self, peer: PeerId, addresses: Sequence[Address]) -> Libp2pStream:
+        fault = ""
         if addresses:
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT):
-                    await self._connect(peer, addresses)
+                    fault = await self._connect(peer, addresses)
             except TimeoutError:
                 logger.debug("peer %s does not answer at its addresses", peer)
         target = StreamOpenRequest(peer=_peer_bytes(peer), proto=[PROTOCOL])
@@ -276,6 +294,8 @@ class Libp2pTransport:
             try:
                 _, reader, writer = await self._ask(request)
             except P2PDaemonError as error:
+                if _OTHER_PEER in fault:
+                    raise P2PDaemonError(fault) from error
                 if _NO_ROUTING_YET not in str(error):
                     raise
                 await asyncio.sleep(ROUTING_PERIOD)
@@ -408,8 +428,16 @@ def _mute_daemon() -> TransportError:
 
 def _unreachable(peer: PeerId, reason: str) -> PeerUnreachable:
     logger.debug("no stream to peer %s: %s", peer, reason)
+    if _OTHER_PEER in reason:
+        found = _FOUND.search(reason)
+        other = found[1] if found else ""
+        return OtherPeer(
+            f"At the addresses of peer {peer} another one answers, {other or 'of unknown id'}.",
+            "Take the address that the server prints now.",
+            other,
+        )
     if "protocols not supported" in reason:
-        return PeerUnreachable(
+        return OtherProtocol(
             f"Peer {peer} does not speak {PROTOCOL}.", "It may run another version, or serve nothing."
         )
     return PeerUnreachable(f"Peer {peer} cannot be reached.", "It may have left, or be behind a firewall.")

@@ -37,6 +37,8 @@ class MemoryNetwork:
 
     def __init__(self, seed: int = 0, default_link: Link | None = None):
         self.default_link = default_link or Link()
+        self.places: dict[PeerId, str] = {}
+        """Where others see a peer's connections come from, as multiaddrs; for tests to set."""
         self._seed = seed
         self._named: dict[str, Identity] = {}
         self._transports: dict[PeerId, MemoryTransport] = {}
@@ -201,6 +203,10 @@ class MemoryTransport:
 
     async def addresses(self) -> list[str]:
         return [f"/memory/1/p2p/{self.peer}"]
+
+    async def seen_at(self, peer: PeerId) -> str:
+        self._check_usable()
+        return self._network.places.get(peer, "")
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()

@@ -2,8 +2,9 @@
 
 A stream begins with what it is for. One that a client opens carries a session, or pings: `Open` is answered
 by an `Opened`, each `Step` by a `Result`, `Link` by a `Linked`, `HandOver` by a `HandedOver`, `Ping` by a
-`Pong`, `Close` by a `Closed`; any of them may get an `Error` instead. Steps are answered in their order, but
-need not wait for each other. Unasked, a hop says `Unfed` and `Leaving`.
+`Pong`, `Observe` by an `Observed`, `DialBack` by a `DialledBack`, `Close` by a `Closed`; any of them may get
+an `Error` instead. Steps are answered in their order, but need not wait for each other. Unasked, a hop says
+`Unfed` and `Leaving`.
 
 A stream that a hop opens to the next one brings a session's steps there: `Feed` is answered by `Fed`, and the
 `Step`s after it are answered to the client. Or it brings the KV memory of a session whose hop leaves: each
@@ -29,7 +30,8 @@ Shape = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=2)]
 
 Number = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 PeerText = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Addresses = Annotated[tuple[Annotated[str, msgspec.Meta(max_length=300)], ...], msgspec.Meta(max_length=16)]
+AddressText = Annotated[str, msgspec.Meta(max_length=300)]
+Addresses = Annotated[tuple[AddressText, ...], msgspec.Meta(max_length=16)]
 
 MAX_HOPS = 64
 """Hops that one step may go through without its client."""
@@ -66,6 +68,39 @@ class Pong(Message, frozen=True, tag="pong"):
 
     nonce: Position
     taken: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+
+
+class Observe(Message, frozen=True, tag="observe"):
+    """Asks for an `Observed` at once: how the peer sees the one that asks."""
+
+    nonce: Position
+
+
+class Observed(Message, frozen=True, tag="observed"):
+    """The asking peer's connection comes from the multiaddr `address`, empty if that is not known.
+
+    `clock` is what the answering peer's shows, in unix seconds, `version` that of its software.
+    """
+
+    nonce: Position
+    address: AddressText
+    clock: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+    version: Annotated[str, msgspec.Meta(max_length=100)]
+
+
+class DialBack(Message, frozen=True, tag="dial_back"):
+    """Asks whether the machine that this connection comes from can be connected to on TCP `port`."""
+
+    nonce: Position
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class DialledBack(Message, frozen=True, tag="dialled_back"):
+    """Whether a peer answered at `address`, to which a connection of its own was tried."""
+
+    nonce: Position
+    address: AddressText
+    is_reached: bool
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -242,6 +277,10 @@ class Error(Message, frozen=True, tag="error"):
 AnyMessage: TypeAlias = (
     Ping
     | Pong
+    | Observe
+    | Observed
+    | DialBack
+    | DialledBack
     | Open
     | Opened
     | Step

@@ -29,6 +29,18 @@ class PeerUnreachable(SwarmError):
     """No connection to the peer could be made."""
 
 
+class OtherPeer(PeerUnreachable):
+    """At the peer's addresses another one answers, `found` if it could be told."""
+
+    def __init__(self, message: str, hint: str, found: str):
+        super().__init__(message, hint)
+        self.found = found
+
+
+class OtherProtocol(PeerUnreachable):
+    """The peer is there, and does not speak `PROTOCOL`."""
+
+
 class StreamClosed(SwarmError):
     """The stream ended: the peer closed it, left, or the connection broke."""
 
@@ -88,6 +100,14 @@ class Transport(Protocol):
 
     async def addresses(self) -> list[str]:
         """Multiaddrs, each ending in `/p2p/PEER`, at which others may reach this peer."""
+        ...
+
+    async def seen_at(self, peer: PeerId) -> str:
+        """The multiaddr from which this peer's connection with `peer` comes; empty if there is none.
+
+        Raises:
+            TransportError: this peer's own network has failed or was closed.
+        """
         ...
 
     async def listen(self, on_stream: OnStream) -> None:

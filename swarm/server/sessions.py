@@ -17,12 +17,14 @@ from swarm.net.messages import (
     AnyMessage,
     Close,
     Closed,
+    DialBack,
     Error,
     Fed,
     Feed,
     HandOver,
     Leaving,
     Link,
+    Observe,
     Open,
     Opened,
     Ping,
@@ -38,6 +40,7 @@ from swarm.server.hosted import FAILED, Hosted
 from swarm.server.metrics import Metrics
 from swarm.server.seat import Seat
 from swarm.server.span_engine import SpanEngine
+from swarm.server.witness import Witness
 from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Sessions:
         transport: Transport,
         limits: Limits | None = None,
         metrics: Metrics | None = None,
+        witness: Witness | None = None,
     ):
         self._model_id = model_id
         self._hidden_size = hidden_size
@@ -66,6 +70,7 @@ class Sessions:
         self._transport = transport
         self._limits = limits or Limits()
         self._metrics = metrics or Metrics(cell)
+        self._witness = witness or Witness(transport)
         self._seats: set[Seat] = set()
         self.last_ended_at = 0.0  # in the loop's time; 0 if no session has ended yet
         self._changed = asyncio.Event()
@@ -155,6 +160,10 @@ class Sessions:
             match message:
                 case Ping():
                     return Pong(nonce=message.nonce, taken=seat.hosted.taken if seat.hosted else 0)
+                case Observe():
+                    return await self._witness.observe(seat.peer, message)
+                case DialBack():
+                    return await self._witness.dial_back(seat.peer, message)
                 case Open():
                     return await self._on_open(seat, message)
                 case Close():

@@ -20,11 +20,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_metrics
 from starlette.types import Message
 
+from swarm.allowance import MAX_CLIENTS, Allowance
 from swarm.dht.announcement import MODELS_KEY, ModelEntry, Throughput, block_key
 from swarm.dht.records import sign
 from swarm.dht.store import StoreUnreachable
 from swarm.health import web as web_room
-from swarm.health.allowance import MAX_CLIENTS, Allowance
 from swarm.health.command import SIGNALS, Stopping
 from swarm.health.drawing import MAX_LANES, lanes, map_of, number, ticks
 from swarm.health.history import History

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swarm": {"swarm.client"},  # the library's front door, opened when first asked for
 }
 LEAVES = {
+    "swarm.allowance",
     "swarm.errors",
     "swarm.spans",
     "swarm.version",

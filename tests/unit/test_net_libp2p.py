@@ -11,11 +11,13 @@ import pytest_asyncio
 
 from swarm.errors import InputError
 from swarm.net import daemon, libp2p
+from swarm.net.addresses import endpoint_of
 from swarm.net.calls import MessageStream, ping
+from swarm.net.dialling import dial
 from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.messages import Pong
-from swarm.net.transport import FrameError, PeerUnreachable, StreamClosed, TransportError
+from swarm.net.transport import FrameError, OtherPeer, PeerUnreachable, StreamClosed, TransportError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -215,6 +217,32 @@ async def test_who_cannot_be_reached_costs_no_connection(server, client):
         await server.transport.open_stream(client.peer)
     await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_another_peer_at_the_address_is_named(server, client):
+    (address,) = await server.transport.addresses()
+    path = address.partition("/p2p/")[0]
+    with pytest.raises(OtherPeer) as wrong:
+        await client.open_stream(NOBODY, [f"{path}/p2p/{NOBODY}"])
+    assert wrong.value.found == server.transport.peer
+    with pytest.raises(PeerUnreachable, match="cannot be reached"):
+        await start([f"{path}/p2p/{NOBODY}"], host_maddrs=())
+
+
+async def test_peers_tell_where_connections_come_from(server):
+    async with await start(await server.transport.addresses()) as peer:
+        (own,) = await peer.addresses()
+        (address,) = await server.transport.addresses()
+        assert await server.transport.seen_at(peer.peer) == own.partition("/p2p/")[0]
+        assert await peer.seen_at(server.transport.peer) == address.partition("/p2p/")[0]
+    assert await server.transport.seen_at(NOBODY) == ""
+
+
+async def test_who_connects_is_greeted_before_saying_anything(server):
+    (address,) = await server.transport.addresses()
+    at = endpoint_of(address.partition("/p2p/")[0])
+    assert at is not None
+    assert await dial(at.host, at.port, 10.0) == "greeted"
 
 
 async def test_a_dial_that_is_cancelled_leaves_no_stream(server, client):
