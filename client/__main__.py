@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": ("swarm.client.http.command", "answer programs over HTTP, as OpenAI's API does"),
     "peers": ("swarm.client.peers_table", "show who serves what"),
     "route": ("swarm.client.route_command", "explain the fastest route"),
+    "diagnose": ("swarm.client.diagnose.command", "say what is wrong with this machine's connection"),
 }
 
 EXAMPLES = {
@@ -44,6 +45,13 @@ EXAMPLES = {
     "route": (
         ("explain the route of a chat", "%(prog)s --initial-peers ADDRESS"),
         ("explain that of a long document", "%(prog)s --prompt-tokens 8000 --new-tokens 200"),
+    ),
+    "diagnose": (
+        ("find out why a swarm cannot be joined", "%(prog)s --initial-peers ADDRESS"),
+        (
+            "find out whether others reach a server on this machine",
+            "%(prog)s --initial-peers ADDRESS --port 31337",
+        ),
     ),
 }
 """What each command may be used for, with a command line for it."""
@@ -76,7 +84,9 @@ def parser(program: str = PROGRAM) -> cli.Parser:
             _session_options(command)
         if name == "route":
             _route_options(command)
-        cli.shared_options(command, model=None if name == "peers" else cli.DEFAULT_MODEL)
+        if name == "diagnose":
+            _diagnose_options(command)
+        cli.shared_options(command, model=None if name in ("peers", "diagnose") else cli.DEFAULT_MODEL)
     return root
 
 
@@ -272,6 +282,16 @@ def _route_options(command: argparse.ArgumentParser) -> None:
         default=128,
         metavar="N",
         help="tokens of the answer (default: %(default)s)",
+    )
+
+
+def _diagnose_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument_group("this machine").add_argument(
+        "--port",
+        type=cli.port,
+        metavar="PORT",
+        help="the TCP port that others are to reach, whether a server of yours listens on it now or not; that"
+        " they cannot is then a problem (default: a free one)",
     )
 
 

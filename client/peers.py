@@ -1,7 +1,8 @@
 """Who serves what, as people and scripts read it: the `peers` command and the library's `peers()`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from swarm.client.route import label
@@ -9,6 +10,7 @@ from swarm.dht.announcement import Announcement, ModelEntry
 from swarm.dht.directory import list_models, list_peers
 from swarm.dht.rtts import RoundTrips
 from swarm.dht.store import RecordStore
+from swarm.errors import InputError
 from swarm.net.transport import Transport
 from swarm.spans import Span
 
@@ -73,3 +75,25 @@ async def report_peers(
 def names(entry: ModelEntry) -> Iterable[str]:
     """What a person may call this model."""
     return entry.name, entry.repository, entry.model_id
+
+
+def find_model(entries: Sequence[ModelEntry], name: str) -> ModelEntry:
+    """The model that the swarm carries under `name`: its name, its repository, its id, or its folder's name.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    wanted = {name, Path(name).name}
+    found = [entry for entry in entries if wanted & set(names(entry))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(entry.model_id for entry in found)
+        raise InputError(f"The swarm carries several models called {name}.", f"Give one by its id: {ids}.")
+    if entries:
+        carried = ", ".join(entry.name for entry in entries)
+        raise InputError(f"The swarm carries no model {name}.", f"It carries: {carried}.")
+    raise InputError(
+        f"The swarm carries no model, nor {name}.",
+        f"Start a server: python -m swarm.server --model {name}.",
+    )

@@ -5,9 +5,7 @@ Reads what is announced and measures distances; neither the model's weights nor 
 
 import argparse
 import asyncio
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -19,13 +17,12 @@ from swarm.client.costs import Costs, Demand
 from swarm.client.estimate import Share
 from swarm.client.explain import Explanation, explain
 from swarm.client.joining import join
-from swarm.client.peers import names
+from swarm.client.peers import find_model
 from swarm.client.route import Hop, NoRoute, Route, label
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.directory import list_models, list_peers
 from swarm.dht.rtts import RoundTrips
 from swarm.dht.store import RecordStore
-from swarm.errors import InputError
 from swarm.net.transport import Transport
 
 PINGS = 3
@@ -57,28 +54,6 @@ async def main(args: argparse.Namespace) -> int:
         else:
             Console().print(drawn(explanation, entry.name))
     return 0
-
-
-def find_model(entries: Sequence[ModelEntry], name: str) -> ModelEntry:
-    """The model that the swarm carries under `name`: its name, its repository, its id, or its folder's name.
-
-    Raises:
-        InputError: there is none, or there are several.
-    """
-    wanted = {name, Path(name).name}
-    found = [entry for entry in entries if wanted & set(names(entry))]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = ", ".join(entry.model_id for entry in found)
-        raise InputError(f"The swarm carries several models called {name}.", f"Give one by its id: {ids}.")
-    if entries:
-        carried = ", ".join(entry.name for entry in entries)
-        raise InputError(f"The swarm carries no model {name}.", f"It carries: {carried}.")
-    raise InputError(
-        f"The swarm carries no model, nor {name}.",
-        f"Start a server: python -m swarm.server --model {name}.",
-    )
 
 
 async def look(

@@ -15,8 +15,9 @@ from swarm import cli
 from swarm.client.__main__ import main, parser
 from swarm.client.costs import Costs, Demand
 from swarm.client.explain import Explanation, explain
+from swarm.client.peers import find_model
 from swarm.client.route import NoRoute
-from swarm.client.route_command import drawn, find_model, look
+from swarm.client.route_command import drawn, look
 from swarm.dht.announcement import Announcement, ModelEntry, Throughput
 from swarm.dht.announcer import Announcer
 from swarm.dht.memory import MemoryStore

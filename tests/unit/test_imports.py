@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swarm.net": set(),
     "swarm.dht": {"swarm.net"},
     "swarm.client": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
+    "swarm.client.diagnose": {"swarm.client", "swarm.dht", "swarm.net"},
     "swarm.client.http": {"swarm.client"},
     "swarm.server": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
     "swarm.health": {"swarm.dht", "swarm.net"},
