@@ -46,10 +46,10 @@ def size(text: str) -> int:
     if match and match[3] and not match[2]:
         match = None
     scale = (1024 if match[3] else 1000) ** _SIZE_UNITS[match[2]] if match else 0
-    bytes_ = float(match[1]) * scale if match else 0.0
-    if not 1 <= bytes_ < math.inf:
+    found = Decimal(match[1]) * scale if match else Decimal(0)
+    if not 1 <= found < 2**63:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size; write it like 512MB or 2GiB")
-    return int(bytes_)
+    return int(found)
 
 
 def count(text: str) -> int:
