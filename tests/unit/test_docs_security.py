@@ -1,0 +1,31 @@
+"""docs/security.md against the code: the bounds that it promises."""
+
+import pytest
+
+from swarm.dht import kademlia, records
+from swarm.net import inbound, transport
+from swarm.page_keys import PAGE_TOKENS
+from swarm.server import admission, hosted
+from tests.pages import ROOT, Page
+
+TEXT = " ".join(Page(ROOT / "docs" / "security.md").text.split())
+LIMITS = admission.Limits()
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        f"A frame's header | {transport.MAX_HEADER_BYTES // 1024} KiB",
+        f"Streams | {inbound.MAX_STREAMS_PER_PEER} of one peer, {inbound.MAX_STREAMS:,} in all",
+        f"Sessions | {LIMITS.sessions_per_peer} of one peer",
+        f"wait in a session | {hosted.MAX_WAITING}, and {hosted.MAX_WAITING_BYTES // 2**20} MiB",
+        f"without a step | {LIMITS.idle / 60:g} minutes",
+        f"does not read its answers | {LIMITS.send / 60:g} minute",
+        f"kept for others | {kademlia.MAX_STORED_RECORDS:,}, of {records.MAX_RECORD_BYTES // 1024} KiB",
+        f"none outlives {records.MAX_LIFETIME / 60:g} minutes",
+        f"{kademlia.REPLICAS} of them keep each one",
+        f"in steps of {PAGE_TOKENS}",
+    ],
+)
+def test_bounds_are_those_of_the_code(sentence: str) -> None:
+    assert sentence in TEXT
