@@ -140,7 +140,8 @@ def settle(
             value = _of_environment(setting, text)
             found = Settled(value, Source.ENVIRONMENT, setting.variable)
         elif file and setting.key in in_file:
-            found = Settled(_of_file(setting, in_file[setting.key], file), Source.FILE, str(file.path))
+            raw, where = in_file[setting.key]
+            found = Settled(_of_file(setting, raw, where), Source.FILE, str(file.path))
         else:
             found = Settled(setting.default, Source.DEFAULT, "default")
         settled[setting.dest] = found
@@ -166,14 +167,14 @@ def without_options(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _in_file(file: ConfigFile, place: Place, settings: Sequence[Setting]) -> dict[str, Any]:
-    """What the file says for the command at `place`, by key: the more particular table holds.
+def _in_file(file: ConfigFile, place: Place, settings: Sequence[Setting]) -> dict[str, tuple[Any, str]]:
+    """What the file says for the command at `place`, by key, and where: the more particular table holds.
 
     Raises:
         InputError: a key or a table that concerns this command is unknown.
     """
     keys = [setting.key for setting in settings]
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[Any, str]] = {}
     for name, table, tables in _levels(file.tables, place):
         known = keys if name == place.table else SHARED
         for key, value in table.items():
@@ -185,7 +186,7 @@ def _in_file(file: ConfigFile, place: Place, settings: Sequence[Setting]) -> dic
                     f"In {file.path}, {full} is not a table.", f"Write [{full}] and its options below it."
                 )
             if key in known:
-                found[key] = value
+                found[key] = value, _where(file, name)
             elif key not in tables:
                 raise _unknown_key(file, name, key, known, place if key in keys else None)
     return found
@@ -216,7 +217,7 @@ def _unknown_table(file: ConfigFile, name: str, known: Collection[str]) -> Input
 def _unknown_key(
     file: ConfigFile, table: str, key: str, known: Collection[str], rather: Place | None
 ) -> InputError:
-    where = f"[{table}] of {file.path}" if table else str(file.path)
+    where = _where(file, table)
     if rather is not None:
         return InputError(f"In {where}, {key} stands above its table.", f"Write it below [{rather.table}].")
     close = get_close_matches(key, known, 1)
@@ -224,18 +225,22 @@ def _unknown_key(
     return InputError(f"In {where}, there is no option {key}.", hint)
 
 
-def _of_file(setting: Setting, raw: Any, file: ConfigFile) -> Any:
+def _where(file: ConfigFile, table: str) -> str:
+    return f"[{table}] of {file.path}" if table else str(file.path)
+
+
+def _of_file(setting: Setting, raw: Any, where: str) -> Any:
     try:
         return _value(setting, raw)
     except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
-        raise InputError(f"In {file.path}, {setting.key} cannot be used: {error}.", _hint(setting)) from error
+        raise _unusable(f"In {where}, {setting.key}", error, setting) from error
 
 
 def _of_environment(setting: Setting, text: str) -> Any:
     try:
         return _value(setting, _parsed(setting, text))
     except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
-        raise InputError(f"{setting.variable} cannot be used: {error}.", _hint(setting)) from error
+        raise _unusable(setting.variable, error, setting) from error
 
 
 def _parsed(setting: Setting, text: str) -> Any:
@@ -300,6 +305,10 @@ def _kind_of(raw: Any) -> str:
         case dict():
             return "a table"
     return "a time"
+
+
+def _unusable(what: str, error: Exception, setting: Setting) -> InputError:
+    return InputError(f"{what} cannot be used: {str(error).rstrip('.')}.", _hint(setting))
 
 
 def _hint(setting: Setting) -> str:

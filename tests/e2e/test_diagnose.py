@@ -14,7 +14,7 @@ from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.e2e
 
-START = 60.0
+START = 90.0
 OTHER = Identity.from_seed("another peer").peer
 
 

@@ -134,7 +134,10 @@ def test_variables_that_name_no_option_break_nothing() -> None:
         ({"kv-tokens": 1}, "In swarm.toml, kv-tokens stands above its table. Write it below [server]."),
         ({"kv-tokns": 1}, "In swarm.toml, there is no option kv-tokns."),
         ({"server": 5}, "server is not a table. Write [server]"),
-        ({"server": {"kv-tokens": "many"}}, "kv-tokens cannot be used: 'many' is not a whole number"),
+        (
+            {"server": {"kv-tokens": "many"}},
+            "In [server] of swarm.toml, kv-tokens cannot be used: 'many' is not a whole number",
+        ),
         ({"server": {"kv-tokens": 1.5}}, "'1.5' is not a whole number"),
         ({"server": {"kv-tokens": True}}, "it takes a number or a text, and this is true"),
         ({"server": {"kv-tokens": [1]}}, "and this is a list"),
