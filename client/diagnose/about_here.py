@@ -21,7 +21,7 @@ FOR_A_SERVER = "Only servers need to be reached"
 def about_network(seen: Seen) -> Iterator[Finding]:
     if seen.network_error is not None:
         yield Finding("network", "problem", seen.network_error.message, seen.network_error.hint)
-    outward = sorted(ip for ip in seen.local if not _is_loopback(ip))
+    outward = sorted(ip for ip in seen.local if _leads_outward(ip))
     facts = {"addresses": outward}
     if outward:
         yield Finding("network", "ok", f"This machine has the addresses {', '.join(outward)}.", facts=facts)
@@ -213,8 +213,9 @@ def _nearness(addresses: Collection[str]) -> str:
     return ""
 
 
-def _is_loopback(ip: str) -> bool:
-    return ipaddress.ip_address(ip).is_loopback
+def _leads_outward(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    return not (address.is_loopback or address.is_link_local)
 
 
 def _direction(off: float) -> str:
@@ -222,4 +223,6 @@ def _direction(off: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} seconds" if seconds < 10 else f"{seconds:,.0f} seconds"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} seconds" if seconds < 10 else f"{seconds:,.0f} seconds"

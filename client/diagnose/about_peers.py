@@ -20,13 +20,19 @@ def about_initial_peers(peers: Sequence[PeerSeen]) -> Iterator[Finding]:
             yield Finding(
                 "initial peer",
                 "ok",
-                f"{peer.name} answers{_in_time(peer)}.",
+                _answers(peer),
                 facts={"address": peer.name, "rtt_ms": _rtt_ms(peer)},
             )
         else:
             level: Level = "warning" if is_joined else "problem"
             cause, advice = explained(peer)
             yield Finding("initial peer", level, cause, advice, {"address": peer.name, "fault": peer.fault})
+
+
+def _answers(peer: PeerSeen) -> str:
+    if peer.rtt is None:
+        return f"A peer listens at {peer.name}; which one was not asked, since another address leads to it."
+    return f"{peer.name} answers{_in_time(peer)}."
 
 
 def explained(peer: PeerSeen) -> tuple[str, str]:

@@ -104,6 +104,8 @@ def _identity(args: argparse.Namespace) -> Identity:
 def drawn(found: Sequence[Finding]) -> Table:
     """The findings for a terminal: what to do stands below what was found."""
     table = Table.grid(padding=(0, 2, 0, 0))
+    for overflow in ("ellipsis", "ellipsis", "fold"):
+        table.add_column(overflow=overflow)
     for one in found:
         advice = f"\n→ {one.advice}" if one.advice else ""
         table.add_row(

@@ -54,7 +54,7 @@ class Examination:
         """Look at everything that can be reached."""
         seen = self._seen
         seen.unfinished = "the initial peers"
-        await concurrently(*map(self._look_at, initial_peers))
+        await concurrently(*map(self._look_at, by_peer(initial_peers)))
         seen.initial.sort(key=lambda peer: initial_peers.index(peer.given))
         if seen.is_joined:
             reached = [peer.given for peer in seen.initial if peer.fault is None]
@@ -66,8 +66,13 @@ class Examination:
             await self._be_dialled()
         seen.unfinished = ""
 
-    async def _look_at(self, address: str) -> None:
-        self._seen.initial.append(await self._probe.look_at(address))
+    async def _look_at(self, addresses: Sequence[str]) -> None:
+        """Look at the addresses of one peer, one after the other."""
+        is_connected = False
+        for address in addresses:
+            peer = await self._probe.look_at(address, is_connected=is_connected)
+            self._seen.initial.append(peer)
+            is_connected = is_connected or peer.fault is None
 
     async def _look(self, server: Announcement) -> None:
         peer, addresses = server.peer_id, usable_addresses(server.peer_id, server.addresses)
@@ -138,6 +143,14 @@ class Examination:
                 if peer.peer is not None
             )
         )
+
+
+def by_peer(addresses: Sequence[str]) -> list[list[str]]:
+    """The addresses that lead to the same peer, together."""
+    groups: dict[str, list[str]] = {}
+    for address in dict.fromkeys(addresses):
+        groups.setdefault(address.rpartition("/p2p/")[2], []).append(address)
+    return list(groups.values())
 
 
 def witnesses(peers: Sequence[PeerSeen]) -> list[PeerSeen]:

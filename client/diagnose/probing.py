@@ -61,13 +61,20 @@ class Probe:
         self._find = find or what_is_at
         self._turn = asyncio.Semaphore(AT_ONCE)
 
-    async def look_at(self, text: str) -> PeerSeen:
-        """How it goes to reach the peer at an address, as a person gave it."""
+    async def look_at(self, text: str, *, is_connected: bool = False) -> PeerSeen:
+        """How it goes to reach the peer at an address, as a person gave it.
+
+        With a peer to whom there is a connection already (`is_connected`) no other is made: what is found
+        then is whether a peer listens there too.
+        """
         try:
             address = parse_address(text)
         except InputError as error:
             return PeerSeen(printable(text), fault="malformed", detail=error.hint, given=text)
-        return replace(await self.look(str(address), address.peer, [address]), given=text)
+        look = (
+            self._look_beside(address) if is_connected else self.look(str(address), address.peer, [address])
+        )
+        return replace(await look, given=text)
 
     async def look(self, name: str, peer: PeerId, addresses: Sequence[Address]) -> PeerSeen:
         """How it goes to reach `peer`, called `name`, at its addresses."""
@@ -97,6 +104,12 @@ class Probe:
                 return PeerSeen(name, peer, "mute", at=first)
             finally:
                 stream.close()
+
+    async def _look_beside(self, address: Address) -> PeerSeen:
+        endpoint = endpoint_of(address)
+        assert endpoint is not None, "an address that was read leads somewhere"
+        found = await self._find(endpoint)
+        return PeerSeen(str(address), address.peer, None if found == "no_connection" else found, at=endpoint)
 
     async def ask_to_dial(self, name: str, peer: PeerId, port: int) -> DialledBack:
         """Whether `peer` could connect to this one on a TCP port."""

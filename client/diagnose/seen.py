@@ -43,7 +43,7 @@ class PeerSeen:
     """How it went to reach a peer. `name` is what people know it by, `given` the address that they gave.
 
     If there is a `fault`, `at` is where it showed, and `detail` says more. `remote` is the multiaddr that
-    leads there, `rtt` in seconds.
+    leads there, `rtt` in seconds; without it the peer was found to be there, and not asked anything.
     """
 
     name: str
@@ -113,5 +113,6 @@ class Seen:
     @property
     def answering(self) -> list[PeerSeen]:
         """Everybody who was reached, once."""
-        reached = [peer for peer in (*self.initial, *self.servers.values()) if peer.fault is None]
+        everybody = (*self.initial, *self.servers.values())
+        reached = [peer for peer in everybody if peer.fault is None and peer.rtt is not None]
         return list({peer.peer: peer for peer in reached}.values())

@@ -208,6 +208,23 @@ async def test_one_initial_peer_is_enough() -> None:
 
 
 @in_virtual_time
+async def test_each_address_of_a_peer_is_looked_at_for_itself() -> None:
+    async with scene(fault="refused") as one:
+        await one.announce("a", 0, 6)
+        first = address_of("a")
+        others = [first.replace("192.0.2.1", host) for host in ("192.0.2.2", "192.0.2.3")]
+        seen = await one.examine(first, *others, first)
+        assert [peer.fault for peer in seen.initial] == [None, "refused", "refused"]
+        assert [finding.level for finding in told_of(seen, "initial peer")] == ["ok", "warning", "warning"]
+        one.fault = "no_connection"  # a peer greets there
+        seen = await one.examine(*others)
+        assert [peer.fault for peer in seen.initial] == [None, None]
+        assert "A peer listens at /ip4/192.0.2.3" in told_of(seen, "initial peer")[1].cause
+        assert len(seen.answering) == 1
+        assert levels(seen)["version"] == {"ok"}
+
+
+@in_virtual_time
 async def test_a_peer_that_connects_and_says_nothing() -> None:
     async with scene(hears=lambda message: "close" if isinstance(message, Ping) else None) as one:
         await one.announce("a", 0, 6)
@@ -554,10 +571,10 @@ def test_clocks(ahead: list[float], expected: list[str]) -> None:
 
 def test_a_clock_that_is_off_is_told_in_which_direction() -> None:
     (found,) = about_clock(clocks(-7.0, -7.2))
-    assert "is 7.10 seconds ahead, by what 2 peers say" in found.cause
+    assert "is 7.1 seconds ahead, by what 2 peers say" in found.cause
     assert found.facts["ahead_s"] == 7.1
     (found,) = about_clock(clocks(5.0))
-    assert "is 5.00 seconds behind, by what 1 peer says" in found.cause
+    assert "is 5.0 seconds behind, by what 1 peer says" in found.cause
 
 
 @pytest.mark.parametrize(
@@ -608,7 +625,7 @@ def test_peers_on_machines_of_their_own_are_asked_first() -> None:
 )
 def test_from_where_it_is_reached(address: str, nearness: str) -> None:
     seen = Seen(dialled_back=[DialledBack("a", address, True), DialledBack("b", refusal="No.")])
-    seen.initial = [PeerSeen("a", peer_of("a"))]
+    seen.initial = [PeerSeen("a", peer_of("a"), rtt=0.1)]
     (found,) = told_of(seen, "reachable")
     assert found.cause.startswith("1 of 2 peers that were asked could connect to ")
     assert nearness in found.cause
