@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from swarm.errors import InputError
 
@@ -21,12 +22,39 @@ BACKLOG = 512
 CLOSE_TIMEOUT = 3
 """Seconds that answers on their way get when this ends."""
 
+REQUEST_TIMEOUT = 30.0
+"""Seconds in which a connection must have asked for something: silent ones would take all places."""
+
 
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are the command's."""
         yield
+
+
+class _Connection(H11Protocol):
+    """One that is closed where its next request does not come in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self._in_time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._deadline.cancel()
+        self._deadline = self._in_time()
+        super().on_response_complete()
+
+    def _in_time(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(REQUEST_TIMEOUT, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 @asynccontextmanager
@@ -36,7 +64,7 @@ async def serving(
     """Answer on `bound` while inside, and close it; gives the URL. `on_close` ends answers that never end."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="off",
         log_config=None,
