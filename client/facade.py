@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeAlias, Unpack
 
@@ -162,10 +163,15 @@ class Swarm:
         options: GenerationOptions,
         conversation: Conversation | None = None,
         on_end: Callable[[Generation], None] = lambda answer: None,
+        *,
+        patience: float | None = None,
     ) -> TextStream:
-        """The answer to a prompt given as token ids, within `conversation` or in one of its own."""
+        """The answer to a prompt given as token ids, within `conversation` or in one of its own.
+
+        For that a session is waited for up to `patience` seconds, if that is given in place of `timeout`.
+        """
         return TextStream(
-            conversation or self.conversation(),
+            conversation or self.conversation(patience=patience),
             self._ends,
             self._compute,
             tokens,
@@ -176,12 +182,12 @@ class Swarm:
             clock=self._transport.clock,
         )
 
-    def conversation(self, room: int = 0) -> Conversation:
-        """A new conversation whose sessions hold at least `room` tokens."""
+    def conversation(self, room: int = 0, *, patience: float | None = None) -> Conversation:
+        """A new conversation whose sessions hold at least `room` tokens, opened with `patience`."""
         return Conversation(
             self._ends,
             self._compute,
-            self.open_session,
+            partial(self.open_session, patience=patience),
             is_outdone=self._is_outdone,
             context=context_length(self.model),
             room=room,
@@ -207,13 +213,15 @@ class Swarm:
         """`route`, waited for up to `timeout` seconds."""
         return await self._routes.wait(tokens)
 
-    async def open_session(self, tokens: Sequence[int], *, needed: int, wished: int = 0) -> Session:
+    async def open_session(
+        self, tokens: Sequence[int], *, needed: int, wished: int = 0, patience: float | None = None
+    ) -> Session:
         """A session along the fastest route whose peers take it, for a sequence that begins with `tokens`.
 
         It holds at most `wished` tokens, or where there is no room for so many `needed` ones.
 
         Raises:
-            NoRoute, RemoteFault, NoCapacity: none could be opened within `timeout` seconds.
+            NoRoute, RemoteFault, NoCapacity: none could be opened within `patience` seconds, or `timeout`.
             TransportError: this client's own network has failed.
         """
 
@@ -225,7 +233,7 @@ class Swarm:
                     logger.debug("no session of %d tokens: %s", wished, reason)
             return await self._open_session(tokens, needed)
 
-        return await self._routes.until_routed(opened, needed)
+        return await self._routes.until_routed(opened, needed, patience)
 
     def _is_outdone(self, session: Session, prompt_tokens: int, new_tokens: int) -> bool:
         """Whether a turn is clearly better off in a session on another route."""

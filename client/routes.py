@@ -183,17 +183,20 @@ class Routes:
         """`judge`, where a stream that ends at once is no idle session's."""
         self._judge(fault, was_open=False)
 
-    async def until_routed(self, attempt: Callable[[], Awaitable[T]], tokens: int) -> T:
+    async def until_routed(
+        self, attempt: Callable[[], Awaitable[T]], tokens: int, timeout: float | None = None
+    ) -> T:
         """Repeat `attempt`, which needs a route for `tokens`, until it succeeds or the time is up.
 
-        Meanwhile other peers are asked, and woken where they sleep. Where there are only suspects, each is
-        given a rest, the longer the more often it has failed.
+        It is up after `timeout` seconds, the ones this was made with if none are given. Meanwhile other
+        peers are asked, and woken where they sleep. Where there are only suspects, each is given a rest, the
+        longer the more often it has failed.
 
         Raises:
             NoRoute, RemoteFault, NoCapacity: as the last attempt.
             RequestRefused: nobody else could be asked.
         """
-        deadline = self._now() + self.timeout
+        deadline = self._now() + (self.timeout if timeout is None else timeout)
         while True:
             try:
                 return await attempt()

@@ -45,7 +45,7 @@ class Answering:
     """Answers to requests for `model`, as it is listed.
 
     `max_answers` are written at a time; a chat's answer has `default_tokens` where nothing else is asked for;
-    a route with room is waited for `patience` seconds.
+    servers with room are waited for `patience` seconds.
     """
 
     def __init__(self, swarm: Swarm, model: str, *, max_answers: int, default_tokens: int, patience: float):
@@ -64,23 +64,23 @@ class Answering:
             Refusal, SwarmError: there is no answer.
             Gone: nobody waits for it any more.
         """
-        return await self._seated(asked, asked.n, partial(self._chat, request, asked))
+        return await self._seated(asked, asked.n, "n", partial(self._chat, request, asked))
 
     async def complete(self, request: Request, asked: CompletionRequest) -> Response:
         """As `chat`."""
-        count = asked.n * len(asked.prompts)
-        return await self._seated(asked, count, partial(self._complete, request, asked))
+        count, param = asked.n * len(asked.prompts), "n" if asked.n > 1 else "prompt"
+        return await self._seated(asked, count, param, partial(self._complete, request, asked))
 
     async def _seated(
-        self, asked: Asked, count: int, answer: Callable[[AsyncExitStack], Awaitable[Response]]
+        self, asked: Asked, count: int, param: str, answer: Callable[[AsyncExitStack], Awaitable[Response]]
     ) -> Response:
-        """`answer` with seats for `count` answers, which are left when they have ended."""
+        """`answer` with seats for the `count` answers that `param` wants, left when they have ended."""
         if asked.user:
             logger.info("a request for %d answers is of user %r", count, asked.user[:64])
         if max(asked.logit_bias, default=0) >= self._swarm.model.vocab_size:
             raise wrong("logit_bias", f"This model has no token {max(asked.logit_bias)}.")
         async with AsyncExitStack() as resources:
-            self.seats.take(count)
+            self.seats.take(count, param)
             resources.callback(self.seats.leave, count)
             return await answer(resources)
 
@@ -130,10 +130,9 @@ class Answering:
 
     def _choice(self, index: int, prompt: int, tokens: Sequence[int], options: GenerationOptions) -> Choice:
         def begin() -> TextStream:
-            return self._swarm.stream_tokens(tokens, options)
+            return self._swarm.stream_tokens(tokens, options, patience=self._patience)
 
-        needed = min(len(tokens) + options.max_new_tokens, self.context)
-        return Choice(index, prompt, needed, begin)
+        return Choice(index, prompt, begin)
 
     async def _grammar(self, asked: ChatRequest) -> Grammar | None:
         if not needs_grammar(asked):
@@ -157,25 +156,12 @@ class Answering:
         resources: AsyncExitStack,
     ) -> Response:
         """Nothing of a stream is sent before its first token, so that what fails until then has a status."""
-        await while_asked(request.receive, self._routed(max(choice.needed for choice in choices)))
         if not asked.stream:
             return JSONResponse(shape.whole(await while_asked(request.receive, _all(choices))))
         events = _chunks(shape, choices)
         resources.push_async_callback(events.aclose)
         first = await while_asked(request.receive, anext(events))
         return EventStream(first, events, resources.pop_all())
-
-    async def _routed(self, tokens: int) -> None:
-        """Wait for a route with room for a session of so many `tokens`.
-
-        Raises:
-            NoRoute: none came up in time.
-        """
-        try:
-            async with asyncio.timeout(self._patience):
-                await self._swarm.wait_for_route(tokens)
-        except TimeoutError:
-            self._swarm.route(tokens)
 
 
 async def _all(choices: Sequence[Choice]) -> list[Event]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from swarm.client.generation import AnswerToken, Generation, TextStream
-from swarm.client.http.refusals import RETRY_AFTER, Refusal
+from swarm.client.http.refusals import RETRY_AFTER, Refusal, wrong
 from swarm.client.scores import TokenScore
 
 BOUND = 64
@@ -19,14 +19,10 @@ BOUND = 64
 
 @dataclass(frozen=True)
 class Choice:
-    """Number `index` of the answers to a request, which answers its prompt number `prompt`.
-
-    Its session is for `needed` tokens.
-    """
+    """Number `index` of the answers to a request, which answers its prompt number `prompt`."""
 
     index: int
     prompt: int
-    needed: int
     begin: Callable[[], TextStream]
 
 
@@ -67,15 +63,13 @@ class Seats:
         self.most = most
         self.taken = 0
 
-    def take(self, count: int) -> None:
+    def take(self, count: int, param: str) -> None:
         """
         Raises:
-            Refusal: there is no room for so many.
+            Refusal: there is no room for so many, which are due to the parameter `param`.
         """
         if count > self.most:
-            raise Refusal(
-                400, f"This asks for {count} answers; {self.most} are written at a time.", param="n"
-            )
+            raise wrong(param, f"This asks for {count} answers; {self.most} are written at a time.")
         if self.taken + count > self.most:
             message = f"{self.taken} answers are being written, of {self.most} at most. Try again soon."
             raise Refusal(429, message, code="no_capacity", retry_after=RETRY_AFTER)
