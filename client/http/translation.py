@@ -4,6 +4,7 @@ Pure, but for a grammar, which takes some milliseconds to make. Knows nothing of
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from swarm.client.http.requests import (
     Asked,
     ChatRequest,
     CompletionRequest,
+    Function,
     JsonBySchema,
     NamedTool,
     PlainText,
@@ -83,12 +85,17 @@ def _sampling(request: Asked, choice: int) -> SamplingOptions:
 
 
 def needs_grammar(request: ChatRequest) -> bool:
-    return not isinstance(request.response_format, PlainText) or must_call(request)
+    return not isinstance(request.response_format, PlainText) or must_call(request) or _is_strict(request)
 
 
 def must_call(request: ChatRequest) -> bool:
     """Whether the answer must be a call of a tool."""
     return request.tool_choice == "required" or isinstance(request.tool_choice, NamedTool)
+
+
+def _is_strict(request: ChatRequest) -> bool:
+    """Whether calls must fit the schema of their tool even where the model chooses to make them."""
+    return request.calls_tools and any(tool.function.strict for tool in request.tools)
 
 
 def grammar_of(request: ChatRequest, vocabulary: Vocabulary) -> Grammar:
@@ -102,14 +109,14 @@ def grammar_of(request: ChatRequest, vocabulary: Vocabulary) -> Grammar:
         raise unsupported("response_format", "cannot be combined with 'tools'.")
     if request.ignore_eos:
         raise unsupported("ignore_eos", "cannot be combined with an answer of a given form.")
-    param = "tools" if must_call(request) else "response_format"
+    param = "response_format" if isinstance(wanted, AnyJson | JsonBySchema) else "tools"
     try:
         match wanted:
             case AnyJson():
                 return vocabulary.json({"type": "object"})
             case JsonBySchema():
                 return vocabulary.json(wanted.json_schema.definition)
-        return vocabulary.lark(_calls(request))
+        return vocabulary.lark(_calls(request) if must_call(request) else _talk(request.tools))
     except InputError as error:
         raise wrong(param, str(error)) from error
 
@@ -122,12 +129,33 @@ def _calls(request: ChatRequest) -> str:
         for tool in request.tools
         if not isinstance(chosen, NamedTool) or tool.function.name == chosen.function.name
     ]
-    rules = [f"tool_{at}: {_call(tool)}" for at, tool in enumerate(tools)]
     is_one = isinstance(chosen, NamedTool) or not request.parallel_tool_calls
     start = "start: call" if is_one else 'start: call ("\\n" call)*'
+    return "\n".join([start, f"call: {json_text(BEGIN)} one_call", *_one_call(tools)])
+
+
+def _talk(tools: Sequence[Tool]) -> str:
+    """Grammar of an answer that may say anything, and call the tools, strict ones by their schemas."""
+    loose = [
+        tool if tool.function.strict else Tool("function", Function(tool.function.name)) for tool in tools
+    ]
+    said = f"/(?s:.*)/ & ~/(?s:.*){BEGIN}(?s:.*)/"
+    return "\n".join(
+        [
+            "start: (up_to_call one_call)* said",
+            f"up_to_call[lazy]: /(?s:.*){BEGIN}/",
+            "said: SAID",
+            f"SAID: {said}",
+            *_one_call(loose),
+        ]
+    )
+
+
+def _one_call(tools: Sequence[Tool]) -> list[str]:
+    """Rules of a call of one of the tools, from behind its beginning on."""
     either = " | ".join(f"tool_{at}" for at in range(len(tools)))
-    call = f"call: {json_text(BEGIN + chr(10))} ({either}) {json_text(chr(10) + END)}"
-    return "\n".join([start, call, *rules])
+    call = f"one_call: {json_text(chr(10))} ({either}) {json_text(chr(10) + END)}"
+    return [call, *(f"tool_{at}: {_call(tool)}" for at, tool in enumerate(tools))]
 
 
 def _call(tool: Tool) -> str:
