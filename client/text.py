@@ -27,11 +27,12 @@ class Detokenizer:
     """Turns token ids into text piece by piece, never showing half a character.
 
     Tokens are decoded together with those of the piece before, since some tokenizers write a token
-    differently at the start of a text.
+    differently at the start of a text. Special tokens say nothing unless it `tells_special` ones.
     """
 
-    def __init__(self, tokenizer: Decodes):
+    def __init__(self, tokenizer: Decodes, *, tells_special: bool = False):
         self._tokenizer = tokenizer
+        self._tells_special = tells_special
         self._tokens: list[int] = []
         self._shown = 0
         """How many of `_tokens` have been turned into text."""
@@ -59,7 +60,9 @@ class Detokenizer:
     def _decode(self, tokens: list[int]) -> str:
         if not tokens:
             return ""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=not self._tells_special, clean_up_tokenization_spaces=False
+        )
 
 
 class StopScanner:

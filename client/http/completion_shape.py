@@ -14,11 +14,11 @@ BytesOf = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as tokens, each of which begins at one of the `offsets` in the text."""
+    """A prompt's tokens and, where that is to be told, its text, with the offset in it of each."""
 
-    text: str
     tokens: tuple[int, ...]
-    offsets: tuple[int, ...]
+    text: str = ""
+    offsets: tuple[int, ...] = ()
 
 
 class CompletionShape:
@@ -109,8 +109,13 @@ class CompletionShape:
         return named
 
     def _name(self, token: int) -> str:
+        """Its text, or where it is no text of its own its bytes: else many tokens had the same name."""
         assert self._bytes_of is not None
-        return self._bytes_of(token).decode(errors="replace")
+        stands_for = self._bytes_of(token)
+        try:
+            return stands_for.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in stands_for)
 
     def _usage(self) -> dict[str, Any]:
         return usage(self._answers, self._n, counts_answers=self._tells_answer)

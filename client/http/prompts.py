@@ -59,30 +59,37 @@ def chat_tokens(request: ChatRequest, ends: TextEnds, vocab_size: int, context: 
     try:
         tokens = chat_prompt(tokenizer, messages, **template)
     except InputError as error:
-        raise wrong("messages", str(error)) from error
+        raise wrong("messages", error.message) from error
     return _fitting(tokens, "messages", vocab_size, context)
 
 
 def completion_prompts(
     request: CompletionRequest, ends: TextEnds, vocab_size: int, context: int
 ) -> list[Prompt]:
-    """The prompts as text and tokens. Blocks.
+    """The prompts as tokens, and as text where that is asked for. Blocks.
 
     Raises:
         Refusal: a prompt is empty, too long, or has a token that the model has not.
     """
-    return [_prompt(prompt, ends.tokenizer, vocab_size, context) for prompt in request.prompts]
+    prompts = []
+    for given in request.prompts:
+        tokens = raw_prompt(ends.tokenizer, given) if isinstance(given, str) else given
+        _fitting(tokens, "prompt", vocab_size, context)
+        prompts.append(_told(given, tokens, ends.tokenizer) if request.echo else Prompt(tuple(tokens)))
+    return prompts
 
 
-def _prompt(given: str | list[int], tokenizer: Any, vocab_size: int, context: int) -> Prompt:
-    tokens = raw_prompt(tokenizer, given) if isinstance(given, str) else given
-    _fitting(tokens, "prompt", vocab_size, context)
-    text = given if isinstance(given, str) else tokenizer.decode(tokens, skip_special_tokens=False)
-    detokenizer, offsets, shown = Detokenizer(tokenizer), [], 0
+def _told(given: str | list[int], tokens: list[int], tokenizer: Any) -> Prompt:
+    """The prompt with its text, special tokens included, and where in that each token begins."""
+    if isinstance(given, str) and tokenizer.is_fast:
+        places = tokenizer(given, return_offsets_mapping=True).offset_mapping
+        return Prompt(tuple(tokens), given, tuple(start for start, _ in places))
+    detokenizer, offsets, text = Detokenizer(tokenizer, tells_special=True), [], ""
     for token in tokens:
-        offsets.append(shown)
-        shown += len(detokenizer.push(token))
-    return Prompt(text, tuple(tokens), tuple(offsets))
+        offsets.append(len(text))
+        text += detokenizer.push(token)
+    text += detokenizer.flush()
+    return Prompt(tuple(tokens), given if isinstance(given, str) else text, tuple(offsets))
 
 
 def _fitting(tokens: list[int], param: str, vocab_size: int, context: int) -> list[int]:
