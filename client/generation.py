@@ -259,7 +259,7 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]], **template: 
         text = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False, **template
         )
-    except (TypeError, ValueError, KeyError, TemplateError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
         raise InputError(
             f"The model's chat template refuses these messages: {error}.",
             "Messages are {'role': 'user' | 'assistant' | 'system', 'content': text}.",

@@ -1,64 +1,78 @@
-"""The API's description as an OpenAPI document, made of the requests' own types."""
+"""The API's description as an OpenAPI document, made of the requests' own types.
 
+What depends on several parameters at once, on the chat template or on the vocabulary is not in it.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from swarm.client.http.requests import ChatRequest, CompletionRequest
+from swarm.client.http.answer_schemas import CHAT_ANSWER, COMPLETION, ERROR, MODEL, MODELS
+from swarm.client.http.requests import Asked, ChatRequest, CompletionRequest
 from swarm.version import VERSION
 
-POSTED = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
-READ = ("/v1/models", "/v1/models/{model}")
-REFUSED = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
-
-ERROR: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+POSTED: dict[str, tuple[type[Asked], dict[str, Any]]] = {
+    "/v1/chat/completions": (ChatRequest, CHAT_ANSWER),
+    "/v1/completions": (CompletionRequest, COMPLETION),
+}
+READ = {"/v1/models": MODELS, "/v1/models/{model}": MODEL}
+REFUSED = {
+    "400": "A parameter is unknown, not supported or out of its range",
+    "401": "The API key is missing or wrong",
+    "403": "Asked under a name that is not this machine's",
+    "404": "No such model",
+    "405": "Not for this path",
+    "408": "The request came too slowly",
+    "413": "The request is too long",
+    "415": "The request is no JSON",
+    "429": "No room now",
+    "500": "A fault of this server",
+    "503": "No servers for the model now, or too many connections",
 }
 
 
-def document(model: str) -> dict[str, Any]:
+def document(model: str, *, asks_for_keys: bool = False) -> dict[str, Any]:
     """The document, in version 3.1 of the specification, of a server that has `model`."""
-    schemas, components = msgspec.json.schema_components(
-        POSTED.values(), ref_template="#/components/schemas/{name}"
-    )
-    for kind in POSTED.values():
-        components[kind.__name__]["properties"]["model"] = {"enum": [model]}
-    paths: dict[str, Any] = {path: {"get": _operation()} for path in READ}
-    paths[READ[1]]["parameters"] = [
+    kinds = [kind for kind, _ in POSTED.values()]
+    schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for component in components.values():
+        _allow_nothing(component)
+    for kind in kinds:
+        properties = components[kind.__name__]["properties"]
+        properties["model"] = {"enum": [model]}
+        properties |= {name: {"enum": [*values, None]} for name, values in kind.neutral.items()}
+    paths: dict[str, Any] = {path: {"get": _operation(answer)} for path, answer in READ.items()}
+    paths["/v1/models/{model}"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"enum": [model]}}
     ]
-    for path, schema in zip(POSTED, schemas, strict=True):
+    for (path, (_, answer)), schema in zip(POSTED.items(), schemas, strict=True):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {"requestBody": body, **_operation("text/event-stream")}}
+        paths[path] = {"post": {"requestBody": body, **_operation(answer, ["text/event-stream"])}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Swarm", "version": VERSION},
         "paths": paths,
         "components": {
             "schemas": {**components, "Error": ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}} if asks_for_keys else {},
         },
-        "security": [{}, {"key": []}],
+        "security": [{"key": []}] if asks_for_keys else [],
     }
 
 
-def _operation(*also: str) -> dict[str, Any]:
-    """What every path answers; `also` in these media types."""
+def _allow_nothing(schema: dict[str, Any]) -> None:
+    """Let null stand for what may be left out of an object."""
+    for name in schema.get("properties", {}).keys() - {*schema.get("required", ())}:
+        given = schema["properties"][name]
+        kinds: list[Any] = given.get("anyOf", [given])
+        if {"type": "null"} not in kinds:
+            schema["properties"][name] = {"anyOf": [given, {"type": "null"}]}
+
+
+def _operation(answer: dict[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
+    """What a path answers: `answer`, or a stream in one of the media types `also`."""
+    answered: dict[str, Any] = {"application/json": {"schema": answer}, **{kind: {} for kind in also}}
     refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    answered: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-    answered |= {kind: {} for kind in also}
-    refusals = {str(status): {"description": "Refused", "content": refused} for status in REFUSED}
+    refusals = {status: {"description": text, "content": refused} for status, text in REFUSED.items()}
     return {"responses": {"200": {"description": "Answered", "content": answered}, **refusals}}

@@ -5,7 +5,7 @@ be had, unless its value asks for nothing. Pure: knows neither the swarm nor HTT
 """
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,25 +16,55 @@ from swarm.client.options import MAX_LOGPROBS
 MAX_STOPS = 4
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
+MAX_DEPTH = 64
+"""Objects and lists within each other: more than any schema has, and few enough to follow recursively."""
+
 MAX_SEED = 2**63 - 1
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Stop = Annotated[str, Meta(min_length=1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**32)]
+BY_TOKEN_ID: dict[str, Any] = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
+
+
+CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Parameters that OpenAI's API has and this one has not, with the values of each that ask for nothing."""
+
+COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
+    include_obfuscation: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] = False
 
 
 class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both kinds of request may hold."""
+    """What both kinds of request may hold; `neutral` is known but not to be had, save for these values."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str
     frequency_penalty: Penalty = 0.0
     ignore_eos: bool = False
-    logit_bias: dict[TokenId, Bias] = {}
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(extra_json_schema=BY_TOKEN_ID)] = {}
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     presence_penalty: Penalty = 0.0
@@ -55,6 +85,8 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options", "'stream_options' is only for requests with 'stream': true.")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise unsupported("stream_options.include_obfuscation", "is not supported.")
 
     @property
     def tells_usage(self) -> bool:
@@ -62,7 +94,8 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
     text: str
 
 
@@ -76,7 +109,8 @@ class Function(Struct, frozen=True, forbid_unknown_fields=True):
     strict: bool = False
 
 
-class Tool(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
+class Tool(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["function"]
     function: Function
 
 
@@ -85,7 +119,8 @@ class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
     arguments: str
 
 
-class ToolCall(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["function"]
     function: CalledFunction
     id: str = ""
 
@@ -111,6 +146,7 @@ class AssistantMessage(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     content: Content = ""
     tool_calls: list[ToolCall] = []
     name: str = ""
+    annotations: Annotated[list[Any], Meta(max_length=0)] = []
 
 
 class ToolMessage(Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="tool"):
@@ -126,7 +162,8 @@ class NamedFunction(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 
-class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["function"]
     function: NamedFunction
 
 
@@ -151,6 +188,8 @@ class JsonBySchema(Struct, frozen=True, forbid_unknown_fields=True, tag_field="t
 
 class ChatRequest(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/chat/completions`."""
+
+    neutral = CHAT_NEUTRAL
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     chat_template_kwargs: dict[str, Any] = {}
@@ -191,6 +230,8 @@ class ChatRequest(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(Asked, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/completions`."""
 
+    neutral = COMPLETION_NEUTRAL
+
     prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -222,32 +263,17 @@ class CompletionRequest(Asked, frozen=True, kw_only=True, forbid_unknown_fields=
         return cast(list[str | list[int]], self.prompt)
 
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "prompt_cache_key": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": (),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Parameters that OpenAI's API has and this one has not, with the values of each that ask for nothing."""
+NESTED = ("messages", "response_format", "stream_options", "tool_choice", "tools")
+"""Parameters within which null counts as left out, too."""
+
+ANYTHING = ("parameters", "schema")
+"""What holds JSON of any kind there, in which null is a value."""
 
 T = TypeVar("T", bound=Asked)
 
 
 def read(body: bytes, kind: type[T]) -> T:
-    """The request in `body`. What is null there counts as left out.
+    """The request in `body`. Whatever is null there counts as left out, save within JSON of the asker's own.
 
     Raises:
         Refusal: it is no JSON object, or a parameter is unknown, not supported or out of its range.
@@ -258,33 +284,46 @@ def read(body: bytes, kind: type[T]) -> T:
         raise wrong(None, f"The body is no JSON: {error}.") from error
     if not isinstance(given, dict):
         raise wrong(None, "The body is no JSON object.")
+    for name, value in given.items():
+        if name != "prompt" and _is_deep(value):
+            raise wrong(name[:64], f"'{name[:64]}' is nested more than {MAX_DEPTH} deep.")
     return _converted(_without_nothing(given, kind), kind)
+
+
+def _is_deep(value: Any) -> bool:
+    layer: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        parts = (one.values() if isinstance(one, dict) else one for one in layer)
+        layer = [one for part in parts for one in part if isinstance(one, dict | list)]
+    return bool(layer)
 
 
 def _without_nothing(given: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
     """What is asked for, once parameters that ask for nothing are taken out."""
     asked = {}
     for name, value in given.items():
+        if name not in kind.__struct_fields__ and name not in kind.neutral:
+            raise Refusal(
+                400, f"There is no parameter '{name[:64]}'.", param=name[:64], code="unknown_parameter"
+            )
         if value is None:
             continue
         if name in kind.__struct_fields__:
             asked[name] = value
-        elif name not in NEUTRAL:
-            raise Refusal(
-                400, f"There is no parameter '{name[:64]}'.", param=name[:64], code="unknown_parameter"
-            )
-        elif value not in NEUTRAL[name]:
+        elif not any(value == one and type(value) is type(one) for one in kind.neutral[name]):
             raise unsupported(name, "is not supported.")
-    if isinstance(messages := asked.get("messages"), list):
-        asked["messages"] = [_without_nulls(message) for message in messages]
-    return asked
+    return asked | {name: _without_nulls(asked[name]) for name in NESTED if name in asked}
 
 
-def _without_nulls(message: Any) -> Any:
-    """A message as clients send it back: what it has not is null there."""
-    if not isinstance(message, dict):
-        return message
-    return {name: value for name, value in message.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    """A value as clients send it back: what it has not is null there."""
+    match value:
+        case dict():
+            given = {name: one for name, one in value.items() if one is not None}
+            return {name: one if name in ANYTHING else _without_nulls(one) for name, one in given.items()}
+        case list():
+            return [_without_nulls(one) for one in value]
+    return value
 
 
 def _converted(asked: dict[str, Any], kind: type[T]) -> T:

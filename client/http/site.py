@@ -113,7 +113,7 @@ class ApiSite:
         return JSONResponse(self._model())
 
     async def _on_document(self, request: Request) -> Response:
-        return JSONResponse(document(self._names[0]))
+        return JSONResponse(document(self._names[0], asks_for_keys=bool(self._keys)))
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -172,5 +172,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
             allow_origins=list(origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["Retry-After"],
         )
     ]
