@@ -59,9 +59,16 @@ def check_host(request: Request) -> None:
     Raises:
         Refusal: a browser was led here under another name.
     """
-    name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-    if not is_loopback(name):
+    if not is_loopback(_name(request.headers.get("host", ""))):
         raise Refusal(403, "This server answers on this machine only.", code="wrong_host")
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port; empty where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ Puts the parts together in order. What they do is not known here.
 
 import argparse
 import asyncio
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +19,8 @@ from swarm.client.terminal import joined_swarm
 from swarm.errors import InputError
 from swarm.listening import bind, serving
 
+logger = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -29,6 +32,8 @@ async def main(args: argparse.Namespace) -> int:
         SwarmError: no route came up, or this client's network failed.
     """
     options = await asyncio.to_thread(site_options, args)
+    if not (options.is_local or options.keys):
+        logger.warning("Whoever reaches %s may ask: no --api-key was given.", args.host)
     with closing(await asyncio.to_thread(bind, args.host, args.port)) as bound:
         async with joined_swarm(args) as swarm, serving(ApiSite(swarm, options).app, bound) as url:
             with _stopping() as stop:
@@ -59,8 +64,11 @@ def site_options(args: argparse.Namespace) -> SiteOptions:
         InputError: the file with the keys cannot be read or holds none, or a key is none.
     """
     keys = [*args.api_key, *(_keys_of(args.api_key_file) if args.api_key_file else ())]
-    if not all(keys):
-        raise InputError("An API key is empty.", "Give one of some length, or leave --api-key out.")
+    if not all(map(_is_sendable, keys)):
+        raise InputError(
+            "An API key is empty, or has characters that no request can send.",
+            "Use letters, digits and signs of ASCII, without blanks at the ends.",
+        )
     return SiteOptions(
         given_name=args.model,
         keys=tuple(keys),
@@ -70,6 +78,10 @@ def site_options(args: argparse.Namespace) -> SiteOptions:
         patience=args.patience,
         is_local=is_loopback(args.host),
     )
+
+
+def _is_sendable(key: str) -> bool:
+    return bool(key) and key == key.strip() and key.isascii() and key.isprintable()
 
 
 def _keys_of(path: Path) -> list[str]:

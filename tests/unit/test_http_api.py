@@ -5,15 +5,15 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
 
-from swarm.client.http.requests import NEUTRAL, ChatRequest, CompletionRequest
+from swarm.client.http.requests import ChatRequest, CompletionRequest
 from swarm.client.http.site import ApiSite, SiteOptions
+from swarm.net.messages import Error
 from swarm.net.virtual_time import in_virtual_time
 from swarm.spans import Span
 from tests.byte_tokenizer import byte_tokenizer
@@ -257,6 +257,20 @@ async def test_an_echo_with_its_scores(stream: bool) -> None:
         assert set(tops[2]) >= {"c"}
 
 
+@pytest.mark.parametrize("prompt", ["né<|end|>b", [*"né".encode(), 256, 98]])
+@in_virtual_time
+async def test_an_echo_of_what_is_no_text_by_itself(prompt: Any) -> None:
+    async with api() as it:
+        [choice] = (await it.complete(prompt=prompt, echo=True, logprobs=3, max_tokens=0)).choices
+        assert choice.text == "né<|end|>b"
+        assert choice.logprobs.tokens == ["n", r"bytes:\xc3", r"bytes:\xa9", "<|end|>", "b"]
+        assert choice.logprobs.text_offset == [0, 1, 1, 2, 9]
+        assert all(
+            name in top
+            for name, top in zip(choice.logprobs.tokens[1:], choice.logprobs.top_logprobs[1:], strict=True)
+        )
+
+
 @in_virtual_time
 async def test_only_the_echo() -> None:
     async with api(b"de", prompt="abc") as it:
@@ -318,6 +332,28 @@ async def test_a_tool_must_be_called() -> None:
             answer = (await it.chat(**asked, parallel_tool_calls=False)).choices[0]
             assert answer.finish_reason == "tool_calls"
             assert json.loads(answer.message.tool_calls[0].function.arguments)["town"] in ("Rome", "Oslo")
+
+
+@in_virtual_time
+async def test_a_strict_tool_is_called_as_its_schema_says_where_the_model_calls_it() -> None:
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    loose = {"type": "function", "function": {"name": "other", "parameters": TOOL["function"]["parameters"]}}
+    prompt = "t:weather,other <tool_call></tool_call>\n" + PROMPT
+    for name, town in (("weather", "Oslo"), ("other", "Bonn")):
+        text = b'So. <tool_call>\n{"name": "%b", "arguments": {"town": "%b"}}\n</tool_call>' % (
+            name.encode(),
+            b"Bonn",
+        )
+        async with api(text, prompt=prompt) as it:
+            answer = (
+                await it.chat(temperature=0, tools=[strict, loose], logit_bias={str(ord("O")): 5.0})
+            ).choices[0]
+            [call] = answer.message.tool_calls
+            assert (answer.message.content, call.function.name) == ("So. ", name)
+            assert json.loads(call.function.arguments) == {"town": town}
+    async with api(b"No call at all.", prompt=prompt) as it:
+        answer = (await it.chat(temperature=0, tools=[strict, loose])).choices[0]
+        assert (answer.message.content, answer.finish_reason) == ("No call at all.", "stop")
 
 
 @in_virtual_time
@@ -493,15 +529,19 @@ async def test_too_much_and_of_another_kind() -> None:
         assert plain.status_code == 415
 
 
+@pytest.mark.parametrize("keys", [(), ("one",)])
 @in_virtual_time
-async def test_the_document_names_every_parameter() -> None:
-    async with api() as it:
-        document = (await it.http.get("/openapi.json")).json()
+async def test_the_document_names_every_parameter(keys: tuple[str, ...]) -> None:
+    async with api(site={"keys": keys}) as it:
+        document = (await it.http.get("/openapi.json", headers={"Authorization": "Bearer one"})).json()
     schemas = document["components"]["schemas"]
     for kind in (ChatRequest, CompletionRequest):
-        assert set(schemas[kind.__name__]["properties"]) == set(kind.__struct_fields__)
+        known = {*kind.__struct_fields__, *kind.neutral}
+        assert set(schemas[kind.__name__]["properties"]) == known
         assert schemas[kind.__name__]["additionalProperties"] is False
+    assert schemas["ChatRequest"]["properties"]["store"] == {"enum": [False, None]}
     assert set(document["paths"]["/v1/chat/completions"]) == {"post"}
+    assert document["security"] == ([{"key": []}] if keys else [])
 
 
 @in_virtual_time
@@ -513,6 +553,16 @@ async def test_a_prompt_that_begins_like_an_earlier_one_is_found_again() -> None
         cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in (first, second)]
         assert cached[0] == 0
         assert first.usage.prompt_tokens > cached[1] > 600
+
+
+@in_virtual_time
+async def test_choices_share_what_was_computed_of_their_prompt() -> None:
+    async with api() as it:
+        said = [{"role": "user", "content": "x" * 400}]
+        answer = await it.chat(messages=said, max_tokens=2, n=4)
+        assert len(answer.choices) == 4
+        for server in it.toy.servers.values():
+            assert answer.usage.prompt_tokens < server.tokens_stepped < 2 * answer.usage.prompt_tokens
 
 
 @in_virtual_time
@@ -540,7 +590,15 @@ async def test_keys() -> None:
 @in_virtual_time
 async def test_a_local_server_answers_to_its_own_name_alone() -> None:
     async with api() as it:
-        for host, status in (("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("evil.example", 403)):
+        hosts = {
+            "127.0.0.1:8000": 200,
+            "[::1]:8000": 200,
+            "evil.example": 403,
+            "[": 403,
+            "[::1": 403,
+            "": 403,
+        }
+        for host, status in hosts.items():
             assert (await it.http.get("/v1/models", headers={"host": host})).status_code == status
     async with api(site={"is_local": False}) as it:
         assert (await it.http.get("/v1/models", headers={"host": "swarm.example"})).status_code == 200
@@ -555,6 +613,8 @@ async def test_other_sites_may_ask_only_where_that_was_said() -> None:
     async with api(site={"cors_origins": ("https://chat.example",)}) as it:
         answer = await it.http.options("/v1/chat/completions", headers=asked)
         assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        full = await it.http.get("/v1/models", headers={"origin": "https://chat.example"})
+        assert full.headers["access-control-expose-headers"] == "Retry-After"
         other = await it.http.options("/v1/models", headers={**asked, "origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -578,6 +638,18 @@ async def test_full_servers_and_missing_ones() -> None:
 
 
 @in_virtual_time
+async def test_servers_that_are_fuller_than_they_say_cost_no_more_patience() -> None:
+    async with api(site={"patience": 3.0}) as it:
+        no_room = Error(code="no_capacity", message="full", retry_after=0.5)
+        it.toy["one"].refuse = [no_room] * 100
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(openai.RateLimitError) as full:
+            await it.chat()
+        assert full.value.code == "no_capacity"
+        assert asyncio.get_running_loop().time() - started < 4.0
+
+
+@in_virtual_time
 async def test_no_more_answers_at_a_time_than_allowed() -> None:
     async with api(site={"max_answers": 2}, seconds=0.1) as it:
         running = asyncio.create_task(it.chat(n=2, max_tokens=50, seed=1))
@@ -586,8 +658,10 @@ async def test_no_more_answers_at_a_time_than_allowed() -> None:
         with pytest.raises(openai.RateLimitError) as full:
             await it.chat()
         assert full.value.response.headers["retry-after"]
-        with pytest.raises(openai.BadRequestError):
-            await it.chat(n=3)
+        for much in (it.chat(n=3), it.complete(prompt=["a"] * 3), it.complete(prompt=["a", "b"], n=2)):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await much
+            assert refused.value.param in ("n", "prompt")
         await running
 
 
@@ -637,9 +711,3 @@ async def test_a_swarm_that_fails_ends_the_stream_with_an_error() -> None:
         assert asking.sent[0]["status"] == 200
         told = b"".join(message["body"] for message in asking.sent[1:]).decode().strip().split("\n\n")
         assert json.loads(told[-1].removeprefix("data: "))["error"]["type"] == "server_error"
-
-
-def test_every_parameter_stands_in_the_docs() -> None:
-    table = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    known = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__, *NEUTRAL}
-    assert not {name for name in known if f"`{name}`" not in table}
