@@ -23,8 +23,9 @@ MAX_SEED = 2**63 - 1
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-Stop = Annotated[str, Meta(min_length=1)]
+SomeText = Annotated[str, Meta(min_length=1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**32)]
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 BY_TOKEN_ID: dict[str, Any] = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
 
 
@@ -70,7 +71,7 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None
-    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] = []
+    stop: SomeText | Annotated[list[SomeText], Meta(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
@@ -232,7 +233,7 @@ class CompletionRequest(Asked, frozen=True, kw_only=True, forbid_unknown_fields=
 
     neutral = COMPLETION_NEUTRAL
 
-    prompt: str | list[str | TokenId | list[TokenId]]
+    prompt: SomeText | Annotated[list[SomeText | TokenId | TokenIds], Meta(min_length=1)]
     echo: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 16
@@ -241,8 +242,6 @@ class CompletionRequest(Asked, frozen=True, kw_only=True, forbid_unknown_fields=
         super().checked()
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "'max_tokens' of 0 is only for requests with 'echo': true.")
-        if not self.prompts:
-            raise wrong("prompt", "There is no prompt.")
         if len(self.prompts) > MAX_PROMPTS:
             raise wrong("prompt", f"There are {len(self.prompts)} prompts; {MAX_PROMPTS} are the most.")
 
@@ -309,7 +308,7 @@ def _without_nothing(given: dict[str, Any], kind: type[Asked]) -> dict[str, Any]
         if value is None:
             continue
         if name in kind.__struct_fields__:
-            asked[name] = value
+            asked[name] = int(value) if isinstance(value, float) and value.is_integer() else value
         elif not any(value == one and type(value) is type(one) for one in kind.neutral[name]):
             raise unsupported(name, "is not supported.")
     return asked | {name: _without_nulls(asked[name]) for name in NESTED if name in asked}

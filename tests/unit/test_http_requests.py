@@ -93,6 +93,13 @@ def test_null_counts_as_left_out_within_parameters_too() -> None:
     assert chat(response_format=schema).response_format.json_schema.definition == {"enum": [None]}  # type: ignore[union-attr]
 
 
+def test_whole_numbers_may_be_written_with_a_point() -> None:
+    asked = chat(n=2.0, seed=-3.0, temperature=1.0, max_tokens=5.0)
+    assert (asked.n, asked.seed, asked.temperature, asked.max_tokens) == (2, -3, 1.0, 5)
+    with pytest.raises(Refusal, match="Expected `int`"):
+        chat(n=1.5)
+
+
 DEEP: Any = []
 for _ in range(70):
     DEEP = [DEEP]
