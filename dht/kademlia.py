@@ -14,6 +14,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
+
+import swarm.net.slim  # noqa: F401, before hivemind
+
+# isort: split
+
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.routing import DHTID

@@ -1,7 +1,7 @@
 """The network of the world: `Transport` over the libp2p daemon, encrypted, authenticated, routed.
 
-The only file that imports `hivemind.p2p`, and it does so slowly (seconds): import it late. It adapts
-hivemind's client of the daemon and patches nothing. What peers say to each other is not known here.
+The only file that imports `hivemind.p2p`, which takes half a second: import it late. It adapts hivemind's
+client of the daemon and patches nothing. What peers say to each other is not known here.
 """
 
 import asyncio
@@ -13,6 +13,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import swarm.net.slim  # noqa: F401, before hivemind
+
+# isort: split
 
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
