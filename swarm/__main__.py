@@ -37,8 +37,9 @@ def parser() -> cli.Parser:
         metavar="SHELL",
         help=f"print what completes this command in a shell: {', '.join(SHELLS)}",
     )
+    make: Any = _parser_of  # what is said to be a class need only make parsers
     commands = root.add_subparsers(
-        title="commands", dest="command", required=True, metavar="COMMAND", parser_class=_parser_of
+        title="commands", dest="command", required=True, metavar="COMMAND", parser_class=make
     )
     for name, (door, text) in COMMANDS.items():
         commands.add_parser(name, help=text, door=door)

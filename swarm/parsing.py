@@ -35,8 +35,8 @@ class Parser(argparse.ArgumentParser):
     that a prompt may follow.
     """
 
-    def __init__(self, *args: Any, place: Place | None = None, **more: Any):
-        super().__init__(*args, formatter_class=HelpText, add_help=place is None, **more)
+    def __init__(self, *, place: Place | None = None, **more: Any):
+        super().__init__(formatter_class=HelpText, add_help=place is None, **more)
         self.place = place
 
     def parse_known_args(  # type: ignore[override]
