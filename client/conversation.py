@@ -7,6 +7,7 @@ session when it needs one, and another when the sequence outgrows it.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -28,6 +29,9 @@ class OpenSession(Protocol):
 
 IsOutdone: TypeAlias = Callable[[Session, int, int], bool]
 """Whether a turn of so many prompt tokens and new ones is clearly better off in another session."""
+
+OnRoute: TypeAlias = Callable[[Session], None]
+"""Is told the session of a turn once there is one, and again whenever its hops change."""
 
 Outcome: TypeAlias = Tensor | list[int]
 """What a step gives of its last tokens: hidden states [rows, hidden], or the likeliest token after each."""
@@ -97,12 +101,19 @@ class Conversation:
         return self._session if self._session and self._session.is_open else None
 
     async def begin(
-        self, prompt: Sequence[int], max_new_tokens: int, *, likeliest: bool = False, whole: bool = False
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        likeliest: bool = False,
+        whole: bool = False,
+        on_route: OnRoute = lambda session: None,
     ) -> Begun:
         """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
 
         If the `likeliest` tokens are wanted, the last hop may choose them itself, in all steps of the answer.
         With `whole` the outcome is that of all the prompt's tokens, hidden states [prompt, hidden].
+        `on_route` is told who computes the answer, until another one begins.
 
         Raises:
             InputError: the prompt is empty or leaves no room in the model's context.
@@ -119,6 +130,8 @@ class Conversation:
             )
         async with self._lock:
             session = await self._session_for(prompt, max_new_tokens)
+            session.tell_changes(partial(on_route, session))
+            on_route(session)
             if whole:
                 return Begun(turn, session, await self._whole(session, prompt), 0)
             start = min(_common_prefix(prompt, session.tokens), len(prompt) - 1)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
+from swarm.client.changes import Change
 from swarm.client.conversation import Conversation, Ends, Outcome
 from swarm.client.drafting import Drafter
 from swarm.client.sampling import Sampler
@@ -38,14 +39,18 @@ class Scoring:
 
 
 class Losses(NamedTuple):
-    """What lost hops cost: how often some were replaced, and how many tokens were sent again for that."""
+    """What lost hops cost: how often some were replaced, and how many tokens were sent again for that.
+
+    `changes` counts also what nobody has taken yet.
+    """
 
     recoveries: int = 0
     replayed_tokens: int = 0
+    changes: int = 0
 
     @classmethod
     def of(cls, session: Session) -> Self:
-        return cls(session.recoveries, session.replayed_tokens)
+        return cls(session.recoveries, session.replayed_tokens, len(session.changes))
 
 
 class Decoding:
@@ -53,7 +58,7 @@ class Decoding:
 
     `drafter` is None where nothing is to be drafted, `scoring` where no token's score is wanted; `clock` is
     in seconds. `scores` are those of the tokens it gave, in turn; `prompt_scores` those of the prompt's from
-    the second on.
+    the second on. `on_route` is called once there is a session, and again whenever its hops change.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Decoding:
         self.prompt_scores: list[TokenScore] = []
         self.report = SpeculationReport()
         self.session: Session
+        self.on_route: Callable[[], None] = lambda: None
         self.cached_tokens = 0
         self._conversation = conversation
         self._ends = ends
@@ -80,23 +86,28 @@ class Decoding:
         self._now = clock
         self._scoring = scoring
         self._turn = 0
-        self._before = Losses()
+        self._before: Losses | None = None
 
     @property
     def losses(self) -> Losses:
         """Of the answer's steps, its prompt's included."""
-        return Losses(*(now - then for now, then in zip(Losses.of(self.session), self._before, strict=True)))
+        before = self._before or Losses()
+        return Losses(*(now - then for now, then in zip(Losses.of(self.session), before, strict=True)))
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """What became of the session's hops since the answer began."""
+        return self.session.changes[len(self.session.changes) - self.losses.changes :]
 
     async def begin(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """Have the hops hold `prompt`; the token after it."""
-        kept = self._conversation.session
-        before = Losses.of(kept) if kept is not None else Losses()
         await self._prepare_drafts(prompt)
         likeliest = self._sampler.takes_likeliest and self._scoring is None
         whole = self._scoring is not None and self._scoring.of_prompt
-        begun = await self._conversation.begin(prompt, max_new_tokens, likeliest=likeliest, whole=whole)
-        self._turn, self.cached_tokens, self.session = begun.turn, begun.cached_tokens, begun.session
-        self._before = before if begun.session is kept else Losses()
+        begun = await self._conversation.begin(
+            prompt, max_new_tokens, likeliest=likeliest, whole=whole, on_route=self._follow
+        )
+        self._turn, self.cached_tokens = begun.turn, begun.cached_tokens
         self.session.reset_times()
         outcome = begun.outcome
         if whole and isinstance(outcome, Tensor):
@@ -113,6 +124,12 @@ class Decoding:
         self._conversation.pace.learn(1 + len(drafted), self._now() - started)
         self.report = self.report.and_step(len(drafted), len(chosen) - 1)
         return self._told(chosen)
+
+    def _follow(self, session: Session) -> None:
+        """The answer has a session now, or other hops."""
+        if self._before is None:
+            self.session, self._before = session, Losses.of(session)
+        self.on_route()
 
     def close(self) -> None:
         """The answer has ended. Safe to call again."""

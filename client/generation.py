@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -16,35 +16,12 @@ from swarm.client.answer import Answer, FinishReason, TextEnds
 from swarm.client.conversation import Conversation
 from swarm.client.decoding import Decoding, NewDrafter, Scoring
 from swarm.client.drafting import prompt_lookup
-from swarm.client.leg import HopTimes
 from swarm.client.options import GenerationOptions
-from swarm.client.route import Hop
+from swarm.client.progress import HopReport, Progress
 from swarm.client.sampling import Sampler
 from swarm.client.scores import TokenScore
 from swarm.client.speculation import SpeculationReport
 from swarm.errors import InputError
-from swarm.spans import Span
-
-
-@dataclass(frozen=True)
-class HopReport:
-    """What one hop did for an answer: mean milliseconds a step on the network, in its queue, computing."""
-
-    peer: str
-    name: str
-    blocks: Span
-    rtt_ms: float
-    compute_ms: float
-    queue_ms: float
-
-    @property
-    def label(self) -> str:
-        """How people see the hop: the peer's name, or the end of its id, and its blocks."""
-        return f"{self.name or '…' + self.peer[-6:]} [{self.blocks}]"
-
-    @classmethod
-    def of(cls, hop: Hop, times: HopTimes) -> Self:
-        return cls(hop.peer, hop.announcement.name, hop.span, times.rtt_ms, times.compute_ms, times.queue_ms)
 
 
 @dataclass(frozen=True)
@@ -142,6 +119,7 @@ class TextStream:
         self._is_last = is_last
         self._on_end = on_end
         self._now = clock
+        self._clock = _Clock(clock())
         self._pieces = self._run()
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -160,6 +138,27 @@ class TextStream:
         found = enumerate(self._answer.tokens_after(count, hidden=hidden), count)
         scores = self._decoding.scores
         return [AnswerToken(token, offset, scores[at] if scores else None) for at, (token, offset) in found]
+
+    @property
+    def progress(self) -> Progress:
+        """How the answer is coming along, once it has hops."""
+        answer, decoding, losses = self._answer, self._decoding, self._decoding.losses
+        return Progress(
+            route=tuple(HopReport.of(hop, times) for hop, times in decoding.session.times()),
+            changes=tuple(decoding.changes),
+            prompt_tokens=len(answer.prompt),
+            new_tokens=len(answer.new_tokens),
+            cached_tokens=decoding.cached_tokens,
+            recoveries=losses.recoveries,
+            replayed_tokens=losses.replayed_tokens,
+            ttft_ms=self._clock.ttft_ms,
+            tokens_per_s=self._clock.tokens_per_s,
+            speculation=decoding.report,
+        )
+
+    def tell_route(self, on_route: Callable[[], None]) -> None:
+        """Call `on_route` once the answer has hops, and again whenever they change."""
+        self._decoding.on_route = on_route
 
     def stop(self) -> None:
         self._answer.finish("cancelled")
@@ -187,7 +186,8 @@ class TextStream:
                 await self._conversation.close()
 
     async def _write(self) -> AsyncGenerator[str, None]:
-        answer, decoding, clock = self._answer, self._decoding, _Clock(self._now())
+        answer, decoding = self._answer, self._decoding
+        clock = self._clock = _Clock(self._now())
         chosen = [await decoding.begin(answer.prompt, answer.options.max_new_tokens)]
         while True:
             for token in chosen:
@@ -200,24 +200,24 @@ class TextStream:
             chosen = await decoding.next(answer.tokens, answer.room)
         if piece := answer.flush():
             yield piece
-        self.generation = self._report(clock, answer.finish_reason)
+        self.generation = self._report(answer.finish_reason)
         self._on_end(self.generation)
 
-    def _report(self, clock: "_Clock", reason: FinishReason) -> Generation:
-        answer, session, losses = self._answer, self._decoding.session, self._decoding.losses
+    def _report(self, reason: FinishReason) -> Generation:
+        at_end = self.progress
         return Generation(
-            text=answer.text,
-            token_ids=answer.new_tokens,
-            prompt_tokens=len(answer.prompt),
+            text=self._answer.text,
+            token_ids=self._answer.new_tokens,
+            prompt_tokens=at_end.prompt_tokens,
             finish_reason=reason,
-            ttft_ms=clock.ttft_ms,
-            tokens_per_s=clock.tokens_per_s,
-            route=tuple(HopReport.of(hop, times) for hop, times in session.times()),
-            recoveries=losses.recoveries,
-            cached_tokens=self._decoding.cached_tokens,
-            replayed_tokens=losses.replayed_tokens,
-            journal_bytes=session.journal_bytes,
-            speculation=self._decoding.report,
+            ttft_ms=at_end.ttft_ms,
+            tokens_per_s=at_end.tokens_per_s,
+            route=at_end.route,
+            recoveries=at_end.recoveries,
+            cached_tokens=at_end.cached_tokens,
+            replayed_tokens=at_end.replayed_tokens,
+            journal_bytes=self._decoding.session.journal_bytes,
+            speculation=at_end.speculation,
         )
 
 

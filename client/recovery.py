@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from swarm.client.changes import Changes
 from swarm.client.concurrently import concurrently
 from swarm.client.faults import HopError, NoCapacity, RequestRefused
 from swarm.client.hop_stream import Deadlines
@@ -39,6 +40,7 @@ LEAVING_AVOIDED = 60.0
 MOVE_PATIENCE = 3.0
 """Seconds in which a place must be found for what a leaving hop holds."""
 
+LEAVES = "is about to leave"
 
 Likeliest: TypeAlias = Callable[[Tensor], Awaitable[list[int]]]
 
@@ -88,10 +90,12 @@ class Recovery:
     """Keeps the legs of `relay` whole.
 
     `count` is how often a hop was replaced, `replayed_tokens` how many tokens were computed again for that,
-    counted once a hop, and `handed_over_tokens` how many were not since leaving hops gave them.
+    counted once a hop, and `handed_over_tokens` how many were not since leaving hops gave them. `changes` say
+    what was replaced by what.
     """
 
     def __init__(self, relay: Relay, environment: Environment):
+        self.changes = Changes()
         self.count = 0
         self.replayed_tokens = 0
         self.handed_over_tokens = 0
@@ -139,7 +143,7 @@ class Recovery:
     async def move(self, asked: Asked) -> None:
         """Have other hops for those that leave, which hand over what they hold, if there are any."""
         for leg in [leg for leg in self._relay.legs if leg.is_leaving and leg.fault is None]:
-            self._router.judge(NoCapacity(leg.hop, "is about to leave", LEAVING_AVOIDED))
+            self._router.judge(NoCapacity(leg.hop, LEAVES, LEAVING_AVOIDED))
             leg.is_leaving = False  # one attempt: it serves on until it is gone
             try:
                 await self._move(leg, asked)
@@ -185,11 +189,15 @@ class Recovery:
     async def _replace_lost(self, first: int, end: int, asked: Asked, timeout: float) -> None:
         gone = self._relay.legs[first:end]
         span = Span(gone[0].hop.span.start, gone[-1].hop.span.end)
-        logger.info("blocks %s are lost to a session: %s", span, gone[0].fault)
+        fault = gone[0].fault
+        assert fault is not None
+        logger.info("blocks %s are lost to a session: %s", span, fault)
+        self.changes.lost([leg.hop for leg in gone], fault.reason)
         hops = await self._router.detour(
             span, asked.max_tokens, like=gone[0].hop.announcement, timeout=max(timeout, 0.0)
         )
         self._replace(first, end, await self._opened(first, hops, asked))
+        self.changes.taken(hops)
 
     async def _opened(
         self, first: int, hops: Sequence[Hop], asked: Asked, *, empty: bool = False
@@ -239,6 +247,7 @@ class Recovery:
                 legs[0].abort()
                 raise
         self._replace(at, at + 1, legs)
+        self.changes.moved(hop, LEAVES, hops)
 
     async def _link(self, source: Leg, target: Leg) -> None:
         try:

@@ -6,13 +6,14 @@ A hop that is lost is replaced, and the step goes on. Knows token ids and hidden
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
 
 from torch import Tensor
 
+from swarm.client.changes import Change
 from swarm.client.concurrently import concurrently
 from swarm.client.faults import HopError
 from swarm.client.inputs import Inputs, Wired
@@ -83,6 +84,15 @@ class Session:
     def recoveries(self) -> int:
         """How often other hops have taken the place of some."""
         return self._recovery.count
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """What became of the hops so far."""
+        return self._recovery.changes.all
+
+    def tell_changes(self, on_change: Callable[[], None]) -> None:
+        """Call `on_change`, and nobody else any more, whenever `changes` are others."""
+        self._recovery.changes.on_change = on_change
 
     @property
     def replayed_tokens(self) -> int:

@@ -5,7 +5,7 @@ another answer.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swarm.client.changes import Change
 from swarm.client.conversation import Conversation
 from swarm.client.generation import Generation, TextStream
 from swarm.client.leg import HopTimes
@@ -73,6 +74,8 @@ class FakeSession:
     recoveries: int = 0
     replayed_tokens: int = 0
     journal_bytes: int = 0
+    changes: Sequence[Change] = ()
+    on_change: Callable[[], None] = lambda: None
     tokens: list[int] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
 
@@ -98,6 +101,9 @@ class FakeSession:
         assert self.gives_token_ids
         states = await self.step(tokens, seq_pos, hidden, rows)
         return self.ends.logits(states).argmax(-1).tolist()
+
+    def tell_changes(self, on_change: Callable[[], None]) -> None:
+        self.on_change = on_change
 
     def reset_times(self) -> None:
         pass
