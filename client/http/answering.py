@@ -21,11 +21,12 @@ from swarm.client.facade import Swarm, context_length
 from swarm.client.generation import TextStream
 from swarm.client.grammar import Grammar, Vocabulary
 from swarm.client.http.chat_shape import ChatShape
-from swarm.client.http.choices import Choice, Event, Seats, written
+from swarm.client.http.choices import Choice, Event, Routed, Seats, written
 from swarm.client.http.completion_shape import CompletionShape
 from swarm.client.http.prompts import chat_tokens, completion_prompts
 from swarm.client.http.refusals import wrong
 from swarm.client.http.requests import Asked, ChatRequest, CompletionRequest
+from swarm.client.http.route_shape import route_chunk
 from swarm.client.http.streaming import EventStream, while_asked
 from swarm.client.http.translation import chat_options, completion_options, grammar_of, needs_grammar
 from swarm.client.options import GenerationOptions
@@ -34,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 class Shape(Protocol):
-    """Makes of a request's events what its answer looks like."""
+    """Makes of a request's events what its answer looks like. `named` says what its chunks belong to."""
+
+    named: dict[str, Any]
 
     def chunks(self, event: Event) -> list[dict[str, Any]]: ...
     def end(self) -> list[dict[str, Any]]: ...
@@ -98,7 +101,7 @@ class Answering:
             tells_usage=asked.tells_usage,
         )
         choices = [
-            self._choice(index, 0, tokens, chat_options(asked, index, self._default_tokens, grammar))
+            self._choice(asked, index, 0, tokens, chat_options(asked, index, self._default_tokens, grammar))
             for index in range(asked.n)
         ]
         return await self._answer(request, asked, shape, choices, resources)
@@ -123,16 +126,18 @@ class Answering:
         )
         places = [divmod(index, asked.n)[0] for index in range(asked.n * len(prompts))]
         choices = [
-            self._choice(index, at, prompts[at].tokens, completion_options(asked, index))
+            self._choice(asked, index, at, prompts[at].tokens, completion_options(asked, index))
             for index, at in enumerate(places)
         ]
         return await self._answer(request, asked, shape, choices, resources)
 
-    def _choice(self, index: int, prompt: int, tokens: Sequence[int], options: GenerationOptions) -> Choice:
+    def _choice(
+        self, asked: Asked, index: int, prompt: int, tokens: Sequence[int], options: GenerationOptions
+    ) -> Choice:
         def begin() -> TextStream:
             return self._swarm.stream_tokens(tokens, options, patience=self._patience)
 
-        return Choice(index, prompt, begin)
+        return Choice(index, prompt, begin, asked.tells_route)
 
     async def _grammar(self, asked: ChatRequest) -> Grammar | None:
         if not needs_grammar(asked):
@@ -155,7 +160,10 @@ class Answering:
         choices: Sequence[Choice],
         resources: AsyncExitStack,
     ) -> Response:
-        """Nothing of a stream is sent before its first token, so that what fails until then has a status."""
+        """Nothing of a stream is sent before its first token, so that what fails until then has a status.
+
+        One that tells its route begins with that, as soon as there is one.
+        """
         if not asked.stream:
             return JSONResponse(shape.whole(await while_asked(request.receive, _all(choices))))
         events = _chunks(shape, choices)
@@ -166,14 +174,16 @@ class Answering:
 
 async def _all(choices: Sequence[Choice]) -> list[Event]:
     async with aclosing(written(choices)) as events:
-        return [event async for event in events]
+        return [event async for event in events if not isinstance(event, Routed)]
 
 
 async def _chunks(shape: Shape, choices: Sequence[Choice]) -> AsyncGenerator[list[dict[str, Any]], None]:
     """The chunks of a stream, as they come."""
     async with aclosing(written(choices)) as events:
         async for event in events:
-            if chunks := shape.chunks(event):
+            if isinstance(event, Routed):
+                yield [route_chunk(event, shape.named)]
+            elif chunks := shape.chunks(event):
                 yield chunks
     if chunks := shape.end():
         yield chunks

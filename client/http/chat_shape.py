@@ -27,7 +27,12 @@ class ChatShape:
         tells_usage: bool,
     ):
         """`bytes_of` is None where no log-probabilities are told; `tells_usage` is about a stream."""
-        self._named = {"id": request_id, "created": created, "model": model}
+        self.named = {
+            "id": request_id,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": model,
+        }
         self._readers = [ToolCallReader() if reads_calls else None for _ in range(n)]
         self._bytes_of = bytes_of
         self._tells_usage = tells_usage
@@ -55,8 +60,7 @@ class ChatShape:
         """The chunk with which a stream ends, if the usage is wanted."""
         if not self._tells_usage:
             return []
-        chunk = {**self._named, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()}
-        return [chunk]
+        return [{**self.named, "choices": [], "usage": self._usage()}]
 
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """The answer of which these are all events."""
@@ -71,7 +75,7 @@ class ChatShape:
                 choice.finish_reason = self._finish_reason(event)
         tells = self._bytes_of is not None
         return {
-            **self._named,
+            **self.named,
             "object": "chat.completion",
             "choices": [choice.shape(tells) for choice in choices],
             "usage": self._usage(),
@@ -100,7 +104,7 @@ class ChatShape:
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = {**self._named, "object": "chat.completion.chunk", "choices": [choice]}
+        chunk = {**self.named, "choices": [choice]}
         return {**chunk, "usage": None} if self._tells_usage else chunk
 
     def _logprobs(self, event: Event) -> dict[str, Any] | None:

@@ -11,19 +11,35 @@ from typing import TypeAlias
 
 from swarm.client.generation import AnswerToken, Generation, TextStream
 from swarm.client.http.refusals import RETRY_AFTER, Refusal, wrong
+from swarm.client.progress import Progress
 from swarm.client.scores import TokenScore
 
 BOUND = 64
 """Pieces that may wait for a slow reader; then the choices wait."""
 
+REFRESH = 1.0
+"""Seconds after which a route is told anew while text comes, since its times are others by then."""
+
 
 @dataclass(frozen=True)
 class Choice:
-    """Number `index` of the answers to a request, which answers its prompt number `prompt`."""
+    """Number `index` of the answers to a request, which answers its prompt number `prompt`.
+
+    With `tells_route` it tells who computes it.
+    """
 
     index: int
     prompt: int
     begin: Callable[[], TextStream]
+    tells_route: bool = False
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Who computes a choice, and how it is coming along. The first one comes before the choice begins."""
+
+    index: int
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,33 @@ class Seats:
         self.taken -= count
 
 
-async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event, None]:
+class _Routes:
+    """Notes on one choice's route: one waits to be told at most, which then says what is so by then."""
+
+    def __init__(self, index: int, stream: TextStream, put: Callable[["_Routes"], None]):
+        self._index = index
+        self._stream = stream
+        self._put = put
+        self._now = asyncio.get_running_loop().time
+        self._is_noted = False
+        self._told_at = self._now()
+
+    @property
+    def are_old(self) -> bool:
+        return self._now() >= self._told_at + REFRESH
+
+    def note(self) -> None:
+        if not self._is_noted:
+            self._is_noted = True
+            self._put(self)
+
+    def newest(self) -> Routed:
+        self._is_noted = False
+        self._told_at = self._now()
+        return Routed(self._index, self._stream.progress)
+
+
+async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event | Routed, None]:
     """All that `choices` tell, until each has ended. Closing it gives them up.
 
     Those of one prompt wait for the first of them, so that hops compute the prompt once and find it again.
@@ -87,7 +129,7 @@ async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event, None]:
     Raises:
         SwarmError: one of them failed; the others are given up.
     """
-    told: asyncio.Queue[Event | asyncio.Task[None]] = asyncio.Queue()
+    told: asyncio.Queue[Event | _Routes | asyncio.Task[None]] = asyncio.Queue()
     room = asyncio.Semaphore(BOUND)
     has_read = [asyncio.Event() for _ in range(1 + max(choice.prompt for choice in choices))]
     firsts = {choice.prompt: choice for choice in reversed(choices)}
@@ -100,6 +142,9 @@ async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event, None]:
         if firsts[choice.prompt] is not choice:
             await has_read[choice.prompt].wait()
         async with aclosing(choice.begin()) as stream:
+            routes = _Routes(choice.index, stream, told.put_nowait)
+            if choice.tells_route:
+                stream.tell_route(routes.note)
             shown, has_begun = 0, False
             async for text in stream:
                 if not has_begun:
@@ -109,10 +154,14 @@ async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event, None]:
                 tokens = tuple(stream.tokens_after(shown))
                 shown += len(tokens)
                 await tell(Piece(choice.index, text, tokens))
+                if choice.tells_route and routes.are_old:
+                    routes.note()
             has_read[choice.prompt].set()
             if not has_begun:
                 await tell(Begin(choice.index, tuple(stream.prompt_scores)))
             assert stream.generation is not None
+            if choice.tells_route:
+                routes.note()
             await tell(End(choice.index, tuple(stream.tokens_after(shown, hidden=True)), stream.generation))
 
     tasks = [asyncio.create_task(follow(choice), name=f"choice {choice.index}") for choice in choices]
@@ -125,6 +174,8 @@ async def written(choices: Sequence[Choice]) -> AsyncGenerator[Event, None]:
             if isinstance(event, asyncio.Task):
                 event.result()
                 left -= 1
+            elif isinstance(event, _Routes):
+                yield event.newest()
             else:
                 room.release()
                 yield event

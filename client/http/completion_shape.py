@@ -41,7 +41,7 @@ class CompletionShape:
 
         `bytes_of` is None where no log-probabilities are told; `tells_usage` is about a stream.
         """
-        self._named = {"id": request_id, "object": "text_completion", "created": created, "model": model}
+        self.named = {"id": request_id, "object": "text_completion", "created": created, "model": model}
         self._prompts = prompts
         self._n = n
         self._echoes = echoes
@@ -53,11 +53,11 @@ class CompletionShape:
     def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The chunks that tell what has come."""
         choices = self._choices(event)
-        chunks = [{**self._named, "choices": [choice]} for choice in choices]
+        chunks = [{**self.named, "choices": [choice]} for choice in choices]
         return [{**chunk, "usage": None} for chunk in chunks] if self._tells_usage else chunks
 
     def end(self) -> list[dict[str, Any]]:
-        return [{**self._named, "choices": [], "usage": self._usage()}] if self._tells_usage else []
+        return [{**self.named, "choices": [], "usage": self._usage()}] if self._tells_usage else []
 
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """The answer of which these are all events."""
@@ -65,7 +65,7 @@ class CompletionShape:
         for event in events:
             for part in self._choices(event):
                 _merge(merged[event.index], part)
-        return {**self._named, "choices": merged, "usage": self._usage()}
+        return {**self.named, "choices": merged, "usage": self._usage()}
 
     def _choices(self, event: Event) -> list[dict[str, Any]]:
         """What is told of a choice: nothing, or something."""

@@ -55,6 +55,7 @@ COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": (""
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
     include_obfuscation: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] = False
+    include_route: bool = False
 
 
 class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +94,11 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def tells_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def tells_route(self) -> bool:
+        """Whether a stream tells who computes its answers."""
+        return self.stream_options is not None and self.stream_options.include_route
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):

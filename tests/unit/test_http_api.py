@@ -22,6 +22,7 @@ from tests.toy_swarm import Toy, scripted, toy_swarm
 SPANS = {"one": Span(0, 3), "two": Span(3, 6)}
 HELLO: Any = [{"role": "user", "content": "hi"}]
 PROMPT = "u:hi\na:"
+STREAMED: dict[str, Any] = {"model": "toy", "messages": HELLO, "stream": True, "temperature": 0}
 
 
 class Asking:
@@ -43,6 +44,22 @@ class Asking:
             "root_path": "",
             "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
         }
+
+    @property
+    def text(self) -> str:
+        """What of the body was sent by now."""
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+    @property
+    def events(self) -> list[Any]:
+        lines = self.text.strip().split("\n\n")
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line not in ("", "data: [DONE]")]
+
+    @property
+    def said(self) -> str:
+        return "".join(
+            choice["delta"].get("content", "") for event in self.events for choice in event.get("choices", [])
+        )
 
     def leave(self) -> None:
         self._left.set()
@@ -100,7 +117,7 @@ async def api(
     options = SiteOptions(**more.pop("site", {}))
     if text is not None:
         more["next_token"] = scripted(len(prompt), text)
-    async with toy_swarm(SPANS, **more) as toy:
+    async with toy_swarm(more.pop("spans", SPANS), **more) as toy:
         toy.ends.tokenizer = byte_tokenizer()  # type: ignore[assignment]
         for server in toy.servers.values():
             server.seconds = seconds
@@ -157,6 +174,101 @@ async def test_a_stream_ends_as_the_protocol_says() -> None:
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(event.startswith("data: {") for event in events[:-2])
     assert "usage" not in answer.text
+
+
+ROUTE: Any = {"include_route": True}
+PAIRS = {**SPANS, "third": Span(3, 6)}
+
+
+@in_virtual_time
+async def test_who_asks_is_told_the_route() -> None:
+    async with api(b"How quick a brown fox jumps", seconds=0.1) as it:
+        told = await it.chunks(temperature=0, stream_options=ROUTE)
+        routes = [chunk.route for chunk in told if not chunk.choices]
+        plain = await it.chunks(temperature=0, stream_options={"include_usage": True})
+    assert not any(hasattr(chunk, "route") for chunk in plain)
+    assert not told[0].choices
+    assert len({chunk.id for chunk in told}) == 1
+    first, last = routes[0], routes[-1]
+    assert [(hop["name"], hop["blocks"]) for hop in first["hops"]] == [("one", [0, 3]), ("two", [3, 6])]
+    assert (first["completion_tokens"], first["hops"][0]["steps"]) == (0, 0)
+    assert (last["completion_tokens"], last["prompt_tokens"], last["cached_tokens"]) == (28, len(PROMPT), 0)
+    assert last["hops"][0] | {"rtt_ms": 0, "peer": ""} == {
+        "peer": "",
+        "name": "one",
+        "blocks": [0, 3],
+        "steps": last["speculation"]["steps"],
+        "rtt_ms": 0,
+        "queue_ms": 1.0,
+        "compute_ms": 2.0,
+    }
+    assert last["speculation"]["steps"] > 0
+    assert last["tokens_per_s"] > 0 < last["ttft_ms"]
+    assert (last["index"], last["changes"], last["recoveries"]) == (0, [], 0)
+    assert 4 <= len(routes) <= 8, "it is told anew each second"
+
+
+@in_virtual_time
+async def test_a_recovery_is_told_as_it_happens() -> None:
+    async with api(b"Hello there", seconds=0.1, spans=PAIRS) as it:
+        asking = Asking({**STREAMED, "stream_options": ROUTE})
+        running = asyncio.create_task(it.site.app(asking.scope, asking.receive, asking.send))
+        await until(lambda: asking.said.startswith("He"))
+        name = asking.events[0]["route"]["hops"][1]["name"]
+        [other] = {"two", "third"} - {name}
+        it.toy[name].kill()
+        await running
+        changes = [event["route"]["changes"] for event in asking.events if "route" in event]
+        met = [(one["reason"], [hop["name"] for hop in one["to"]]) for [one] in filter(None, changes)]
+        assert [to for _, to in met][:2] == [[], [other]]
+        assert {reason for reason, _ in met} == {"closed the connection"}
+        assert changes[-1][0]["blocks"] == [3, 6]
+        assert [hop["name"] for hop in changes[-1][0]["from"]] == [name]
+        last = [event["route"] for event in asking.events if "route" in event][-1]
+        assert (last["hops"][1]["name"], last["recoveries"]) == (other, 1)
+        assert last["replayed_tokens"] > 0
+        assert asking.said == "Hello there"
+
+
+@in_virtual_time
+async def test_a_server_that_leaves_is_told_too() -> None:
+    async with api(b"Hello there", seconds=0.1, spans=PAIRS) as it:
+        asking = Asking({**STREAMED, "stream_options": ROUTE})
+        running = asyncio.create_task(it.site.app(asking.scope, asking.receive, asking.send))
+        await until(lambda: asking.said.startswith("He"))
+        name = asking.events[0]["route"]["hops"][1]["name"]
+        it.toy[name].leave_meanwhile()
+        await running
+        [change] = [event["route"] for event in asking.events if "route" in event][-1]["changes"]
+        assert change["reason"] == "is about to leave"
+        assert [[hop["name"] for hop in change[end]] for end in ("from", "to")] == [
+            [name],
+            [*({"two", "third"} - {name})],
+        ]
+
+
+@in_virtual_time
+async def test_what_nobody_takes_over_is_told_before_the_end() -> None:
+    async with api(timeout=2.0, seconds=0.1) as it:
+        asking = Asking({**STREAMED, "stream_options": ROUTE, "ignore_eos": True})
+        running = asyncio.create_task(it.site.app(asking.scope, asking.receive, asking.send))
+        await until(lambda: len(asking.events) > 3)
+        it.toy["two"].kill()
+        await running
+        *_, before, last = asking.events
+        assert before["route"]["changes"][0]["to"] == []
+        assert last["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@in_virtual_time
+async def test_completions_tell_the_route_of_each_choice(n: int) -> None:
+    async with api(b"de", prompt="abc") as it:
+        stream = await it.complete(temperature=0, stream=True, n=n, stream_options=ROUTE)
+        chunks = [chunk async for chunk in stream]
+    assert {chunk.route["index"] for chunk in chunks if not chunk.choices} == set(range(n))
+    said = [choice for chunk in chunks for choice in chunk.choices]
+    assert ["".join(one.text for one in said if one.index == at) for at in range(n)] == ["de"] * n
 
 
 @in_virtual_time
