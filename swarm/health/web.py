@@ -6,7 +6,7 @@ taken is not known here.
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from prometheus_client import generate_latest
@@ -24,9 +24,9 @@ from swarm.health.pages import Rendering, html_of, json_of
 from swarm.health.watch import Watch
 from swarm.net.identity import is_peer_id
 from swarm.net.transport import PeerId
+from swarm.page_files import HEADERS, page_file
 
 STATIC = Path(__file__).parent / "static"
-TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 MAX_READERS = 400
 """So many are told of news at a time; the pages of others ask for it."""
@@ -38,15 +38,6 @@ CHECKS_PER_SECOND = 0.5
 CHECKS_AT_ONCE = 10
 MAX_CHECKS = 16
 CHECK_TIMEOUT = 15.0
-
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 
 
 class HealthSite:
@@ -68,7 +59,7 @@ class HealthSite:
             Route("/api/v1/is_reachable/{peer}", self._on_is_reachable),
             Route("/metrics", self._on_metrics),
             Route("/healthz", self._on_healthz),
-            *(Route(f"/static/{file.name}", _file(file)) for file in sorted(STATIC.iterdir())),
+            *(Route(f"/static/{file.name}", page_file(file)) for file in sorted(STATIC.iterdir())),
         ]
         self.app: ASGIApp = _Headers(Starlette(routes=routes))
 
@@ -160,16 +151,6 @@ async def _rendered(request: Request, rendering: Rendering, media_type: str) -> 
         headers["Content-Encoding"] = "gzip"
         return Response(rendered.zipped, media_type=media_type, headers=headers)
     return Response(rendered.body, media_type=media_type, headers=headers)
-
-
-def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
-    """Answers with a file of the package, read once."""
-    body, media_type = path.read_bytes(), TYPES[path.suffix]
-
-    async def answer(request: Request) -> Response:
-        return Response(body, media_type=media_type, headers={"Cache-Control": "no-cache"})
-
-    return answer
 
 
 def _refusal(status: int, message: str, hint: str, retry_after: float = 0.0) -> Response:

@@ -39,6 +39,7 @@ LEAVES = {
     "swarm.help_text",
     "swarm.listening",
     "swarm.option_values",
+    "swarm.page_files",
     "swarm.page_keys",
     "swarm.parsing",
     "swarm.processes",
