@@ -57,22 +57,50 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(
-    url: str, *, width: int = WIDE, scheme: str = "light", scripts: bool = True
-) -> AsyncIterator[Reader]:
-    """The page at `url` in a fresh browser. Skips the test where there is none."""
+async def browsing() -> AsyncIterator[Any]:
+    """A fresh browser. Skips the test where there is none."""
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
     playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
     async with playwright.async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         try:
-            page = await browser.new_page(
-                viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=scripts
-            )
-            reader = Reader(page)
-            reader.listen()
-            await page.goto(url)
-            yield reader
+            yield browser
         finally:
             await browser.close()
+
+
+@asynccontextmanager
+async def reading(
+    url: str, *, width: int = WIDE, scheme: str = "light", scripts: bool = True
+) -> AsyncIterator[Reader]:
+    """The page at `url` in a browser of its own."""
+    async with (
+        browsing() as browser,
+        reading_in(browser, url, width=width, scheme=scheme, scripts=scripts) as reader,
+    ):
+        yield reader
+
+
+@asynccontextmanager
+async def reading_in(
+    browser: Any,
+    url: str,
+    *,
+    width: int = WIDE,
+    scheme: str = "light",
+    scripts: bool = True,
+    before: str = "",
+) -> AsyncIterator[Reader]:
+    """The page at `url` as somebody reads it who was never there; the script `before` runs before it does."""
+    page = await browser.new_page(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=scripts
+    )
+    try:
+        reader = Reader(page)
+        reader.listen()
+        await page.add_init_script(before)
+        await page.goto(url)
+        yield reader
+    finally:
+        await page.close()

@@ -37,7 +37,7 @@ async def main(args: argparse.Namespace) -> int:
     with closing(await asyncio.to_thread(bind, args.host, args.port)) as bound:
         async with joined_swarm(args) as swarm, serving(ApiSite(swarm, options).app, bound) as url:
             with _stopping() as stop:
-                _say(args, swarm.model.name, f"{url}v1")
+                _say(args, swarm.model.name, url)
                 await _until_over(swarm, stop)
     return 0
 
@@ -113,8 +113,9 @@ def _stopping() -> Iterator[asyncio.Event]:
     yield stop
 
 
-def _say(args: argparse.Namespace, model: str, url: str) -> None:
+def _say(args: argparse.Namespace, model: str, page: str) -> None:
+    url = f"{page}v1"
     if args.json:
-        cli.emit({"event": "listening", "url": url, "model": model})
+        cli.emit({"event": "listening", "url": url, "page": page, "model": model})
     else:
-        print(f"{model} answers at {url}", flush=True)
+        print(f"{model} answers at {url}; chat with it at {page}", flush=True)

@@ -1,4 +1,4 @@
-"""The API over one client of a swarm: its paths, who may ask there, and what refusals look like.
+"""The API over one client of a swarm, and the page to chat by it: paths, who may ask, how they are refused.
 
 Knows requests by what `answering` makes of them; how connections are taken is not known here.
 """
@@ -6,7 +6,9 @@ Knows requests by what `answering` makes of them; how connections are taken is n
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,6 +27,17 @@ from swarm.client.http.requests import ChatRequest, CompletionRequest, read
 from swarm.client.http.streaming import Gone
 from swarm.client.http.translation import served_names
 from swarm.errors import SwarmError
+from swarm.page_files import HEADERS, page_file
+
+PAGE = Path(__file__).parent / "page"
+
+PAGE_HEADERS = HEADERS | {
+    "Content-Security-Policy": f"{HEADERS['Content-Security-Policy']}; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+}
+"""On the page, besides, no text ever becomes markup."""
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 NOBODY_WAITS = 499
 """The status of an answer that nobody gets."""
@@ -65,6 +78,7 @@ class ApiSite:
         )
         self.app = Starlette(
             routes=[
+                *self._page(),
                 Route("/healthz", self._on_healthz),
                 Route("/openapi.json", self._guarded(self._on_document)),
                 Route("/v1/models", self._guarded(self._on_models)),
@@ -77,16 +91,24 @@ class ApiSite:
             exception_handlers={HTTPException: _on_http_error, Exception: _on_bug},
         )
 
-    def _guarded(
-        self, answer: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
+    def _page(self) -> list[Route]:
+        """The page and its files, which are no secret: they ask the API for everything else."""
+        open_to_all = partial(self._guarded, needs_key=False)
+        files = [file for file in sorted(PAGE.iterdir()) if file.name != "page.html"]
+        return [
+            Route("/", open_to_all(page_file(PAGE / "page.html", PAGE_HEADERS))),
+            *(Route(f"/page/{file.name}", open_to_all(page_file(file, PAGE_HEADERS))) for file in files),
+        ]
+
+    def _guarded(self, answer: Endpoint, *, needs_key: bool = True) -> Endpoint:
         """`answer` for who may ask; what it is refused with becomes a response."""
 
         async def guarded(request: Request) -> Response:
             try:
                 if self._options.is_local:
                     check_host(request)
-                self._keys.check(request.headers.get("authorization", ""))
+                if needs_key:
+                    self._keys.check(request.headers.get("authorization", ""))
                 return await answer(request)
             except (Gone, ClientDisconnect):
                 return Response(status_code=NOBODY_WAITS)
