@@ -37,10 +37,12 @@ from swarm.client.recovery import Environment
 from swarm.client.route import NoRoute, Route
 from swarm.client.routes import OnWaiting, Routes, ServedModel
 from swarm.client.session import Session
+from swarm.client.span_session import SpanSession
 from swarm.dht.directory import Directory
 from swarm.dht.store import RecordStore
-from swarm.errors import SwarmError
+from swarm.errors import InputError, SwarmError
 from swarm.net.transport import Transport
+from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +237,27 @@ class Swarm:
 
         return await self._routes.until_routed(opened, needed, patience)
 
+    async def open_span_session(self, span: Span, max_tokens: int) -> SpanSession:
+        """A session on the blocks of `span` for at most `max_tokens` tokens, given as hidden states.
+
+        Raises:
+            InputError: the model has no such blocks, or takes fewer tokens.
+            NoRoute, RemoteFault, NoCapacity: none could be opened within `timeout` seconds.
+            TransportError: this client's own network has failed.
+        """
+        whole, context = Span(0, self.model.num_blocks), context_length(self.model)
+        if not (span.size > 0 and whole.covers(span)):
+            raise InputError(f"{self.model.name} has no blocks {span}.", f"Choose within {whole}.")
+        if not 0 < max_tokens <= context:
+            raise InputError(
+                f"No session can hold {max_tokens} tokens.", f"{self.model.name} takes 1 to {context}."
+            )
+
+        async def opened() -> Session:
+            return await self._open_session(None, max_tokens, span)
+
+        return SpanSession(await self._routes.until_routed(opened, max_tokens, span=span))
+
     def _is_outdone(self, session: Session, prompt_tokens: int, new_tokens: int) -> bool:
         """Whether a turn is clearly better off in a session on another route."""
         better = self._routes.better(session.route, self._routes.demand(prompt_tokens, new_tokens))
@@ -243,16 +266,22 @@ class Swarm:
         return better is not None
 
     async def _open_session(
-        self, tokens: Sequence[int], max_tokens: int, *, is_wish: bool = False
+        self,
+        tokens: Sequence[int] | None,
+        max_tokens: int,
+        span: Span | None = None,
+        *,
+        is_wish: bool = False,
     ) -> Session:
         """One attempt. That a mere wish found no room says nothing against a peer."""
         model = self.model
-        asked = Asked(
-            model.model_id, model.hidden_size, model.vocab_size, max_tokens, tuple(tokens), self._wire
-        )
-        demand = self._routes.demand(len(tokens), max_tokens - len(tokens))
+        known = None if tokens is None else tuple(tokens)
+        asked = Asked(model.model_id, model.hidden_size, model.vocab_size, max_tokens, known, self._wire)
+        prompt_tokens = len(known or ())
+        demand = self._routes.demand(prompt_tokens, max_tokens - prompt_tokens)
         try:
-            return await Session.open(self._environment, self._routes.find(max_tokens, demand), asked)
+            route = self._routes.find(max_tokens, demand, span)
+            return await Session.open(self._environment, route, asked)
         except HopError as fault:
             if not (is_wish and isinstance(fault, NoRoom)):
                 self._routes.judge_opening(fault)

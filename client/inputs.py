@@ -35,9 +35,12 @@ class Wired(NamedTuple):
 
 
 class Inputs:
-    """The inputs of a session of hidden states `width` wide. Block 0 takes what `tokens` embed to."""
+    """The inputs of a session of hidden states `width` wide. Block 0 takes what `tokens` embed to.
 
-    def __init__(self, store: JournalStore, tokens: Sequence[int], width: int, embed: Embed):
+    Without `embed` no tokens are known: what goes into the first block was put here like all else.
+    """
+
+    def __init__(self, store: JournalStore, tokens: Sequence[int], width: int, embed: Embed | None):
         self._store = store
         self._tokens = tokens
         self._width = width
@@ -66,7 +69,7 @@ class Inputs:
 
     def has(self, block: int, start: int, end: int) -> bool:
         """Whether it is known what goes into `block` at these positions."""
-        if block == 0 or (block, start, end) in self._fresh:
+        if self._can_embed(block) or (block, start, end) in self._fresh:
             return True
         return block in self._journals and self._journals[block].covers(start, end)
 
@@ -82,7 +85,7 @@ class Inputs:
         if journal is not None and journal.covers(start, end):
             data = await journal.read(start, end)
             return Wired(data, (end - start, self._width), journal.dtype, journal.codec).as_form(form)
-        if block:
+        if block or self._embed is None:
             raise LookupError(f"positions [{start}, {end}) of what goes into block {block} are not known")
         return to_wire(await self._embed(self._tokens[start:end]), *form)
 
@@ -120,3 +123,6 @@ class Inputs:
         self._fresh.clear()
         for block in list(self._journals):
             self.forget(block)
+
+    def _can_embed(self, block: int) -> bool:
+        return block == 0 and self._embed is not None

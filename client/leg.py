@@ -63,14 +63,15 @@ class HopTimes:
 class Asked:
     """What a session asks of every hop at its opening: room for `max_tokens`, and what it begins with.
 
-    `wire` is how activations are to travel.
+    `tokens` are None where the sequence is given as hidden states, of which nobody knows the tokens. `wire`
+    is how activations are to travel.
     """
 
     model_id: str
     hidden_size: int
     vocab_size: int
     max_tokens: int
-    tokens: Sequence[int]
+    tokens: Sequence[int] | None
     wire: Wire = "exact"
 
 
@@ -165,7 +166,7 @@ class Leg:
 
     @property
     def takes_token_ids(self) -> bool:
-        return self.opened.takes_token_ids and self.block == 0
+        return self.opened.takes_token_ids and self.block == 0 and self._asked.tokens is not None
 
     @property
     def max_chunk(self) -> int:
@@ -177,7 +178,9 @@ class Leg:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
         """
         self._asked, self._listener = asked, listener
-        keys = self.chain.asked(asked.tokens) if self.chain else b""
+        if asked.tokens is None:
+            self.chain = None
+        keys = self.chain.asked(asked.tokens) if self.chain and asked.tokens else b""
         message = Open(
             session_id=self.session_id,
             model_id=asked.model_id,

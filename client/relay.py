@@ -18,6 +18,7 @@ from swarm.client.inputs import Inputs, Wired
 from swarm.client.leg import Leg, Pending
 from swarm.client.route import Hop
 from swarm.client.watch import Watch
+from swarm.errors import SwarmError
 from swarm.net.messages import Onward, ResponseType, Step
 from swarm.net.transport import PeerId
 from swarm.page_keys import PAGE_TOKENS
@@ -33,6 +34,16 @@ MAX_ATTEMPTS = 100
 
 AHEAD = 12
 """Chunks that the first hop may be ahead of the last: what waits in between takes memory there."""
+
+
+class HistoryLost(SwarmError):
+    """What went into a session's first hop is not kept any more: a hop that lost it cannot be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A server was lost, and what it had been given is not kept any more.",
+            "Begin a new session, or let more be kept: journal_memory and journal_disk.",
+        )
 
 
 class Observer(Protocol):
@@ -94,6 +105,7 @@ class Relay:
 
         Raises:
             HopError: a hop is lost.
+            HistoryLost: the first hop lacks what is not known here.
         """
         self._wanted, self._outcome = wanted, None
         edges, attempts = self._begin(), 1
@@ -234,9 +246,16 @@ class Relay:
                 giver.rewind(begin)
 
     def _begin(self) -> list[int]:
-        """Plan what each hop is brought; see `_edges`."""
+        """Plan what each hop is brought; see `_edges`.
+
+        Raises:
+            HistoryLost: see `bring`.
+        """
         self.legs[-1].rewind(self._wanted.end - self._wanted.rows)
         self._plan()
+        first, end = self.legs[0], self._wanted.end
+        if first.sent < end and not self._inputs.has(first.block, first.sent, end):
+            raise HistoryLost
         return self._edges()
 
     def _edges(self) -> list[int]:

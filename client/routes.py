@@ -87,15 +87,15 @@ class Routes:
         self._viewed: list[Announcement] = []
         self._view = View.of(self._viewed)
 
-    def find(self, tokens: int = 1, demand: Demand = ONE_TOKEN) -> Route:
+    def find(self, tokens: int = 1, demand: Demand = ONE_TOKEN, span: Span | None = None) -> Route:
         """The fastest route now for a session of `tokens` tokens that is going to ask for `demand`.
 
-        It leads through suspects only where there is nobody else.
+        It leads through all blocks, or those of `span`; through suspects only where there is nobody else.
 
         Raises:
             NoRoute: some blocks have no server with room.
         """
-        return self._find(self._whole, tokens, demand, self.costs())
+        return self._find(span or self._whole, tokens, demand, self.costs())
 
     async def wait(self, tokens: int = 1, demand: Demand = ONE_TOKEN) -> Route:
         """`find`, waited for up to `timeout` seconds.
@@ -184,9 +184,14 @@ class Routes:
         self._judge(fault, was_open=False)
 
     async def until_routed(
-        self, attempt: Callable[[], Awaitable[T]], tokens: int, timeout: float | None = None
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        tokens: int,
+        timeout: float | None = None,
+        *,
+        span: Span | None = None,
     ) -> T:
-        """Repeat `attempt`, which needs a route for `tokens`, until it succeeds or the time is up.
+        """Repeat `attempt`, which needs a route as `find` gives, until it succeeds or the time is up.
 
         It is up after `timeout` seconds, the ones this was made with if none are given. Meanwhile other
         peers are asked, and woken where they sleep. Where there are only suspects, each is given a rest, the
@@ -196,12 +201,16 @@ class Routes:
             NoRoute, RemoteFault, NoCapacity: as the last attempt.
             RequestRefused: nobody else could be asked.
         """
+
+        def find() -> Route:
+            return self.find(tokens, span=span)
+
         deadline = self._now() + (self.timeout if timeout is None else timeout)
         while True:
             try:
                 return await attempt()
             except RequestRefused:
-                if _found(lambda: self.find(tokens)) is None or self._now() >= deadline:
+                if _found(find) is None or self._now() >= deadline:
                     raise
                 continue
             except (NoRoute, RemoteFault, NoCapacity) as error:
@@ -209,9 +218,9 @@ class Routes:
                     raise
                 reason = error
             if isinstance(reason, NoRoute):
-                await self._wait_for_route(reason, lambda: self.find(tokens), deadline)
+                await self._wait_for_route(reason, find, deadline)
             else:
-                await self._let_rest(lambda: self.find(tokens), deadline)
+                await self._let_rest(find, deadline)
 
     async def _until_found(self, find: Find, timeout: float) -> Route:
         """`find`, again and again for up to `timeout` seconds; through who rests only once that is over.

@@ -42,7 +42,8 @@ class Session:
         self._asked = asked
         self._tokens: list[int] = []
         self._seconds = route.seconds
-        self._inputs = Inputs(environment.store, self._tokens, asked.hidden_size, environment.embed)
+        embed = environment.embed if asked.tokens is not None else None
+        self._inputs = Inputs(environment.store, self._tokens, asked.hidden_size, embed)
         clock = environment.transport.clock
         self._relay = Relay(self._tokens, self._inputs, environment.router, clock, self._on_news)
         self._recovery = Recovery(self._relay, environment)
@@ -79,6 +80,11 @@ class Session:
     def gives_token_ids(self) -> bool:
         """Whether the last hop tells the likeliest next tokens itself."""
         return self._relay.legs[-1].opened.gives_token_ids
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens that a step may have whose results are all wanted."""
+        return min(leg.max_chunk for leg in self._relay.legs)
 
     @property
     def recoveries(self) -> int:
@@ -166,7 +172,7 @@ class Session:
         except BaseException:
             self.abort()
             raise
-        self._tokens[:] = self._asked.tokens[: min(leg.length for leg in legs)]
+        self._tokens[:] = (self._asked.tokens or ())[: min(leg.length for leg in legs)]
         self._relay.rewind(len(self._tokens))
         self._recovery.link()
 
@@ -185,7 +191,7 @@ class Session:
                 self._relay.rewind(seq_pos)
                 self._tokens[seq_pos:] = tokens
                 if hidden is not None and not self.takes_token_ids:
-                    self._keep_embedded(seq_pos, hidden)
+                    self._keep_given(seq_pos, hidden)
                 wanted = Wanted(len(self._tokens), rows, response_type)
                 while True:
                     try:
@@ -196,11 +202,12 @@ class Session:
                         self._recovery.has_healed()
                         return answer
 
-    def _keep_embedded(self, seq_pos: int, hidden: Tensor) -> None:
-        form = self._relay.legs[0].opened
+    def _keep_given(self, seq_pos: int, hidden: Tensor) -> None:
+        first = self._relay.legs[0]
+        form = first.opened
         data = to_wire(hidden, form.dtype, form.codec)
         rows = Wired(data, (len(hidden), self._asked.hidden_size), form.dtype, form.codec)
-        self._inputs.put(0, seq_pos, rows, seq_pos + len(hidden))
+        self._inputs.put(first.block, seq_pos, rows, seq_pos + len(hidden))
 
     def _check(self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None, rows: int) -> None:
         if not self.is_open:
@@ -217,7 +224,7 @@ class Session:
     @property
     def _asked_now(self) -> Asked:
         """What a hop is asked that comes later."""
-        return replace(self._asked, tokens=tuple(self._tokens))
+        return self._asked if self._asked.tokens is None else replace(self._asked, tokens=tuple(self._tokens))
 
     def _on_news(self) -> None:
         """While nothing runs, let what a leaving hop holds go elsewhere in time."""
