@@ -67,8 +67,10 @@ class Head:
     """Token ids to hidden states, and hidden states to logits. Its methods block: call them off the loop."""
 
     def __init__(self, module: Any, tokenizer: Any, generation_config: GenerationConfig, dtype: torch.dtype):
+        """`module` is what `load_ends` gives, activations are `dtype`."""
+        self.module = module
+        self.dtype = dtype
         self._embedding = module.get_input_embeddings()
-        self._dtype = dtype
         self._logits = Logits(module, dtype)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
@@ -89,7 +91,7 @@ class Head:
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [tokens] to hidden states [tokens, hidden]."""
         weight = self._embedding.weight
-        return as_embedded(self._embedding, weight[ids.to(weight.device)].to(self._dtype))
+        return as_embedded(self._embedding, weight[ids.to(weight.device)].to(self.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states of the last block [tokens, hidden] to float32 logits [tokens, vocabulary] on CPU."""

@@ -5,9 +5,12 @@ the async `Swarm` and nothing of how it works.
 """
 
 import asyncio
+import atexit
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
 
 from swarm.client.facade import Chat, Message, Swarm
@@ -61,11 +64,27 @@ class LoopThread:
 
         return self.run(work())
 
+    def start(self, work: Coroutine[Any, Any, Any], *, is_last: bool = False) -> None:
+        """Have `work` done on the thread without waiting, also from the thread itself; never once closed.
+
+        If it `is_last` the thread ends after it.
+        """
+        if not self.is_alive:
+            work.close()
+            return
+        asyncio.run_coroutine_threadsafe(self._last(work) if is_last else work, self._loop)
+
     def close(self) -> None:
         """End the loop and its thread. Safe to call again."""
         if self.is_alive:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+
+    async def _last(self, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            await work
+        finally:
+            self._loop.stop()
 
     def _run_loop(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -153,7 +172,10 @@ class BlockingChat:
 
 
 class BlockingSwarm:
-    """`Swarm` without async: the same methods, each waiting for its result. A context manager."""
+    """`Swarm` without async: the same methods, each waiting for its result. A context manager.
+
+    It is also closed once nobody holds it any more, and when the program ends.
+    """
 
     def __init__(self, joining: Callable[[], Coroutine[Any, Any, Swarm]]):
         """`joining` is called on the new thread and gives the swarm."""
@@ -163,6 +185,17 @@ class BlockingSwarm:
         except BaseException:
             self._thread.close()
             raise
+        _open.add(self)
+        weakref.finalize(self, _let_go, self._thread, self._swarm).atexit = False
+
+    @property
+    def swarm(self) -> Swarm:
+        """What does the work. It belongs to the loop of `thread`."""
+        return self._swarm
+
+    @property
+    def thread(self) -> LoopThread:
+        return self._thread
 
     def generate(
         self, prompt: str | Sequence[Message], *, raw: bool = False, **options: Unpack[Options]
@@ -191,6 +224,7 @@ class BlockingSwarm:
 
     def close(self) -> None:
         """Leave the swarm and end the thread. Safe to call again."""
+        _open.discard(self)
         if self._thread.is_alive:
             try:
                 self._thread.run(self._swarm.close())
@@ -202,3 +236,18 @@ class BlockingSwarm:
 
     def __exit__(self, *failure: object) -> None:
         self.close()
+
+
+_open: "weakref.WeakSet[BlockingSwarm]" = weakref.WeakSet()
+
+
+def _let_go(thread: LoopThread, swarm: Swarm) -> None:
+    """Leave a swarm that nobody holds any more. Garbage is collected on any thread: wait for nothing."""
+    thread.start(swarm.close(), is_last=True)
+
+
+@atexit.register
+def _close_all() -> None:
+    for swarm in list(_open):
+        with suppress(Exception):  # the program ends, and nobody could answer it
+            swarm.close()

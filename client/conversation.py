@@ -37,12 +37,12 @@ Outcome: TypeAlias = Tensor | list[int]
 """What a step gives of its last tokens: hidden states [rows, hidden], or the likeliest token after each."""
 
 
-WHOLE_PROMPT_CHUNK = 512
-"""Tokens a step of a prompt has whose outcome is wanted for all of them."""
+MAX_ROWS = 512
+"""Tokens a step has whose outcome is wanted for all of them."""
 
 
 class Begun(NamedTuple):
-    """The start of an answer: its turn, its session, and the outcome of the prompt's last token, or of all.
+    """The start of an answer: its turn, its session, and the outcome of the prompt's last tokens.
 
     `cached_tokens` of the prompt were held by the hops already.
     """
@@ -106,24 +106,24 @@ class Conversation:
         max_new_tokens: int,
         *,
         likeliest: bool = False,
-        whole: bool = False,
+        rows: int = 1,
         on_route: OnRoute = lambda session: None,
     ) -> Begun:
         """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
 
         If the `likeliest` tokens are wanted, the last hop may choose them itself, in all steps of the answer.
-        With `whole` the outcome is that of all the prompt's tokens, hidden states [prompt, hidden].
+        The outcome is that of the last `rows` tokens of the prompt; hidden states where there are several.
         `on_route` is told who computes the answer, until another one begins.
 
         Raises:
             InputError: the prompt is empty or leaves no room in the model's context.
         """
         self._turn += 1
-        self._likeliest = likeliest
+        self._likeliest = likeliest and rows == 1
         turn = self._turn
         if not prompt:
             raise InputError("The prompt is empty.", "Say something to the model.")
-        if len(prompt) >= self.context:
+        if len(prompt) + (max_new_tokens > 0) > self.context:
             raise InputError(
                 f"The prompt has {len(prompt)} tokens; this model takes fewer than {self.context}.",
                 "Shorten it, or begin a new conversation.",
@@ -132,21 +132,21 @@ class Conversation:
             session = await self._session_for(prompt, max_new_tokens)
             session.tell_changes(partial(on_route, session))
             on_route(session)
-            if whole:
-                return Begun(turn, session, await self._whole(session, prompt), 0)
-            start = min(_common_prefix(prompt, session.tokens), len(prompt) - 1)
-            outcome = await self._step(session, list(prompt[start:]), start, rows=1)
+            start = min(_common_prefix(prompt, session.tokens), len(prompt) - rows)
+            outcome = await self._bring(session, prompt, start, rows)
             return Begun(turn, session, outcome, start)
 
-    async def _whole(self, session: Session, prompt: Sequence[int]) -> Tensor:
-        """Hidden states [prompt, hidden]: none can be taken from what the hops have kept."""
-        self._likeliest = False
+    async def _bring(self, session: Session, prompt: Sequence[int], start: int, rows: int) -> Outcome:
+        """Step `prompt` from position `start` on, for the outcome of its last `rows` tokens."""
+        if rows <= MAX_ROWS:
+            return await self._step(session, list(prompt[start:]), start, rows)
         parts = []
-        for at in range(0, len(prompt), WHOLE_PROMPT_CHUNK):
-            chunk = list(prompt[at : at + WHOLE_PROMPT_CHUNK])
-            part = await self._step(session, chunk, at, rows=len(chunk))
+        for at in range(len(prompt) - rows, len(prompt), MAX_ROWS):
+            end = min(at + MAX_ROWS, len(prompt))
+            part = await self._step(session, list(prompt[start:end]), start, rows=end - at)
             assert isinstance(part, Tensor)
             parts.append(part)
+            start = end
         return torch.cat(parts)
 
     async def append(self, turn: int, tokens: Sequence[int], seq_pos: int) -> Outcome:

@@ -104,8 +104,9 @@ class Decoding:
         await self._prepare_drafts(prompt)
         likeliest = self._sampler.takes_likeliest and self._scoring is None
         whole = self._scoring is not None and self._scoring.of_prompt
+        rows = len(prompt) if whole else 1
         begun = await self._conversation.begin(
-            prompt, max_new_tokens, likeliest=likeliest, whole=whole, on_route=self._follow
+            prompt, max_new_tokens, likeliest=likeliest, rows=rows, on_route=self._follow
         )
         self._turn, self.cached_tokens = begun.turn, begun.cached_tokens
         self.session.reset_times()

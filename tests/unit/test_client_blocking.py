@@ -1,9 +1,11 @@
 """The library without async: from a plain thread, where a loop already runs, and with Ctrl-C."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
@@ -111,3 +113,30 @@ def test_closed_says_so(toys: list[Toy]) -> None:
     thread.close()
     with pytest.raises(SwarmError, match="closed"):
         thread.call(lambda: 1)
+
+
+class Leaving:
+    """In place of a swarm: notes that it is closed."""
+
+    def __init__(self) -> None:
+        self.is_closed = threading.Event()
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.is_closed.set()
+
+
+def test_a_client_that_nobody_holds_leaves() -> None:
+    left: Any = Leaving()
+
+    async def joined() -> Swarm:
+        return left  # type: ignore[no-any-return]
+
+    swarm = BlockingSwarm(joined)
+    thread = swarm.thread
+    del swarm
+    gc.collect()
+    assert left.is_closed.wait(5)
+    thread._thread.join(5)
+    assert not thread.is_alive
+    thread.start(left.close())

@@ -1,33 +1,18 @@
 """The client's answers over real engines, in spans, equal those of transformers on the whole model."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from swarm.blocks.engine import Engine, EngineConfig
-from swarm.blocks.head import Head
-from swarm.blocks.models import Model, resolve
+from swarm.blocks.models import resolve
 from swarm.client.draft_model import DraftModel
-from swarm.client.facade import Swarm
 from swarm.client.options import GenerationOptions, SamplingOptions
-from swarm.dht.announcement import Announcement, ModelEntry
-from swarm.dht.announcer import Announcer
-from swarm.dht.memory import MemoryStore
-from swarm.net.identity import Identity
-from swarm.net.memory import MemoryNetwork
-from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
-from swarm.server.cell import ShardCell
-from swarm.server.sessions import Sessions
-from swarm.spans import Span
+from swarm.net.virtual_time import in_virtual_time
 from tests.tiny import greedy, tiny_checkpoint, tiny_model
+from tests.tiny_swarm import SPANS, serving
 
-SPANS = (Span(0, 2), Span(2, 3), Span(3, 6))
 PROMPT = [1, 5, 9, 9, 30, 77, 64, 12, 100, 3, 45]
 
 
@@ -35,44 +20,6 @@ PROMPT = [1, 5, 9, 9, 30, 77, 64, 12, 100, 3, 45]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     return folder, tiny_checkpoint(folder)
-
-
-@asynccontextmanager
-async def serving(
-    model: Model, latency: float = 0.0, draft_model: DraftModel | None = None
-) -> AsyncIterator[Swarm]:
-    """A client, `latency` seconds away from the servers of `SPANS`."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualTimeLoop)
-    network, store = MemoryNetwork(), MemoryStore(loop.now)
-    entry = ModelEntry(
-        model_id=model.model_id, name="tiny", num_blocks=model.num_blocks, fingerprint=model.fingerprint
-    )
-    async with AsyncExitStack() as stack:
-        for span in SPANS:
-            identity = Identity.from_seed(str(span))
-            config = EngineConfig(dtype="float32", kv_tokens=600)
-            cell = ShardCell(span, partial(Engine.load, model, span, config))
-            await cell.fill()
-            stack.callback(cell.close)
-            transport = await stack.enter_async_context(network.transport(identity))
-            await transport.listen(Sessions(model.model_id, model.hidden_size, cell, transport).on_stream)
-            network.set_link("client", identity.peer, latency=latency)
-            said = Announcement(
-                peer=identity.peer,
-                model_id=model.model_id,
-                start=span.start,
-                end=span.end,
-                state="serving",
-                throughput=cell.throughput,
-                kv_tokens_left=600,
-            )
-            await Announcer(store.another(), identity, entry, period=600.0).publish(said)
-        transport = await stack.enter_async_context(network.transport("client"))
-        head = await asyncio.to_thread(Head.load, model, "float32")
-        swarm = await stack.enter_async_context(Swarm(transport, store, model, head, draft_model=draft_model))
-        await swarm.directory.refresh()
-        yield swarm
 
 
 @in_virtual_time

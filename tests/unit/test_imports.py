@@ -22,11 +22,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swarm.client": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
     "swarm.client.diagnose": {"swarm.client", "swarm.dht", "swarm.net"},
     "swarm.client.http": {"swarm.client"},
+    "swarm.client.model": {"swarm.client", "swarm.blocks"},
     "swarm.server": {"swarm.dht", "swarm.net", "swarm.blocks", "swarm.kernels"},
     "swarm.health": {"swarm.dht", "swarm.net"},
     "swarm.demo": {"swarm.blocks", "swarm.client", "swarm.server"},
     "swarm.__main__": {"swarm.client", "swarm.demo", "swarm.health", "swarm.server"},
-    "swarm": {"swarm.client"},  # the library's front door, opened when first asked for
+    "swarm": {"swarm.client", "swarm.client.model"},  # the library's front door, opened when first asked for
 }
 LEAVES = {
     "swarm.allowance",
