@@ -11,6 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+PEERS_VARIABLE = "SWARM_INITIAL_PEERS"
+
 ADDRESS_START = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr)/")
 _DURATION_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from swarm.blocks.architecture import load_config
 from swarm.blocks.head import Head
 from swarm.blocks.models import DEFAULT_MODEL, Model
-from swarm.cli import PEERS_VARIABLE
 from swarm.client.api import connect_sync
 from swarm.client.blocking import BlockingSwarm
 from swarm.client.facade import context_length
@@ -29,6 +28,7 @@ from swarm.client.model.session import InferenceSession, active
 from swarm.client.options import SessionKeywords
 from swarm.client.routes import OnWaiting
 from swarm.errors import InputError
+from swarm.option_values import PEERS_VARIABLE
 
 PASSED_ON = ("tokenizer", "assistant_tokenizer")
 """What transformers' `generate` hands to `forward` besides its arguments; it means nothing there."""

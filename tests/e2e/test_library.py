@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm import AutoDistributedModelForCausalLM, InputError
 from swarm.blocks.models import resolve
-from swarm.cli import PEERS_VARIABLE
+from swarm.option_values import PEERS_VARIABLE
 from swarm.processes import ServerProcess, stop_all
 from tests.notebook import code_cells
 
