@@ -129,10 +129,7 @@ def unit_values(name: str) -> list[str]:
 
 def test_the_service_starts_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     (start,) = unit_values("ExecStart")
-    (example,) = re.findall(r"^# For example SWARM_OPTIONS=(.*)$", UNIT, re.MULTILINE)
-    words = shlex.split(
-        start.replace("${STATE_DIRECTORY}", "/var/lib/swarm").replace("$SWARM_OPTIONS", example)
-    )
+    words = shlex.split(start.replace("${STATE_DIRECTORY}", "/var/lib/swarm"))
     assert words[1:3] == ["-m", "swarm.server"]
     parsed("swarm.server", tuple(words[3:]), monkeypatch)
 
