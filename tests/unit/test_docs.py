@@ -2,7 +2,7 @@
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import re
@@ -26,7 +26,8 @@ COMMANDS = [command for page in pages() for command in page.commands]
 MODULES = ("swarm.client", "swarm.demo", "swarm.health", "swarm.server")
 OPTION = re.compile(r"--[a-z][a-z-]*")
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:c|json|md|py|service|toml|ya?ml)|[\w.-]+(?:/[\w.-]+)*/")
-BENCHMARK = re.compile(r"python -m (benchmarks\.\w+)|`(benchmarks\.\w+)`")
+MODULE = re.compile(r"python -m ((?:benchmarks|swarm)\.\w+)|`(benchmarks\.\w+)`")
+VARIABLE = re.compile(r"\bSWARM(?:_[A-Z]+)+\b")
 TARGET = re.compile(r"\bmake ([a-z]\w*)")
 
 
@@ -125,10 +126,15 @@ def test_files_that_are_named_exist(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=named)
-def test_benchmarks_and_targets_that_are_named_exist(page: Page) -> None:
-    for match in BENCHMARK.finditer(page.text):
-        name = match[1] or match[2]
-        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+def test_variables_are_those_of_options(page: Page) -> None:
+    names = set(VARIABLE.findall(page.text)) - {"SWARM_CACHE"}
+    assert {f"--{name.removeprefix('SWARM_').lower().replace('_', '-')}" for name in names} <= options()
+
+
+@pytest.mark.parametrize("page", pages(), ids=named)
+def test_modules_and_targets_that_are_named_exist(page: Page) -> None:
+    for match in MODULE.finditer(page.text):
+        assert importlib.util.find_spec(match[1] or match[2]) is not None, match[0]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     typed = [fence.text for fence in page.fences if fence.language == "sh"] + [code for _, code in page.code]
     assert {target for text in typed for target in TARGET.findall(text)} <= targets
