@@ -19,7 +19,7 @@ import pytest
 
 from tests.pages import ROOT, Fence, Page, pages
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 QUICK_START = Page(ROOT / "docs" / "quick-start.md")
 OTHERS = [page for page in pages() if page != QUICK_START and any(fence.is_run for fence in page.fences)]
@@ -30,6 +30,8 @@ LOCAL_ADDRESS = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+")
 PORT = re.compile(r"\b(?:8000|8080|9100|31330)\b")
 OWN_PORT = {"swarm.client serve": "8000", "swarm.health": "8080"}
 """Where commands listen that are not told."""
+
+OPTIONS = {name for name in os.environ if name.startswith("SWARM_")} - {"SWARM_CACHE"}
 
 TYPED = "What is the capital of France?\n"
 """What the reader says to a command that asks."""
@@ -103,7 +105,7 @@ class Reader:
         self._ports: defaultdict[str, str] = defaultdict(free_port)
         self._typed: set[str] = set()
         self._environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("SWARM_INITIAL")},
+            **{name: value for name, value in os.environ.items() if name not in OPTIONS},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
         }
