@@ -111,7 +111,7 @@ class Page:
 
     @cached_property
     def commands(self) -> list[Command]:
-        """The commands of this package that the page tells to type; the text may name one without arguments."""
+        """The commands of this package that it tells to type; the text may name one without arguments."""
         shells = [(fence.line, fence.text) for fence in self.fences if fence.language == "sh"]
         spans = [(line, code) for line, code in self.code if re.match(r"python -m swarm\.\w+ ", code)]
         return [
