@@ -29,7 +29,7 @@ export class RouteView {
     this.#summary.replaceChildren(h("span", { class: "cut" }, summaryOf(route)));
     this.#card.replaceChildren(
       strip("Blocks", blocks),
-      timed.length > 0 ? strip(`A step takes ${number(sum(timed, total))} ms`, route.hops.flatMap(partsOf)) : "",
+      ...(timed.length ? [strip(`A step takes ${number(sum(timed, total))} ms`, route.hops.flatMap(partsOf)), legend()] : []),
       tableOf(route, lost),
       factsOf(route));
   }
@@ -59,6 +59,10 @@ function strip(label, parts) {
   return h("div", { class: "strip" }, h("p", {}, label), h("div", { class: "parts", "aria-hidden": "true" }, ...shown));
 }
 
+function legend() {
+  return h("p", { class: "legend", "aria-hidden": "true" }, ...PARTS.map((part) => h("span", {}, h("span", { class: `key ${part}` }), part)));
+}
+
 function partsOf(hop, at) {
   const { compute_ms: compute, queue_ms: queue, rtt_ms: network } = hop;
   return hop.steps ? Object.entries({ compute, queue, network }).map(([kind, size]) => ({ size, kind, at })) : [];
@@ -73,8 +77,8 @@ function sum(hops, value) {
 }
 
 function tableOf(route, lost) {
-  const parts = PARTS.map((part) => h("th", { scope: "col", class: "n" }, h("span", { class: `key ${part}` }), part[0].toUpperCase() + part.slice(1)));
-  return h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Servers of this answer" },
+  const parts = PARTS.map((part) => h("th", { scope: "col", class: "n" }, part[0].toUpperCase() + part.slice(1)));
+  return h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Servers of this answer" },
     h("table", {},
       h("caption", {}, "Milliseconds a step, on average"),
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Server"), h("th", { scope: "col", class: "n" }, "Blocks"), ...parts)),

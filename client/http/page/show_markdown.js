@@ -61,7 +61,7 @@ function code({ language, text }) {
 
 // What may be wider than the page, for the keyboard as well.
 function scrolling(label, ...children) {
-  return h("pre", { tabindex: "0", role: "region", "aria-label": label }, ...children);
+  return h("pre", { tabindex: "0", role: "group", "aria-label": label }, ...children);
 }
 
 function list({ ordered, start, isLoose, items }, level) {
@@ -80,7 +80,7 @@ function list({ ordered, start, isLoose, items }, level) {
 
 function table({ align, head, rows }) {
   const cell = (name, more) => (content, column) => h(name, { class: align[column], ...more }, ...inlineOf(content));
-  return h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Table" },
+  return h("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Table" },
     h("table", {},
       h("thead", {}, h("tr", {}, ...head.map(cell("th", { scope: "col" })))),
       h("tbody", {}, ...rows.map((row) => h("tr", {}, ...row.map(cell("td", {})))))));
