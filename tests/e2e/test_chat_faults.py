@@ -82,7 +82,7 @@ async def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Any) -> None:
 
 async def test_who_must_wait_is_told_how_long(browser: Any) -> None:
     async with chat(browser, site=SiteOptions(max_answers=1)) as it:
-        it.site._answering.seats.take(1)
+        it.site._answering.seats.take(1, "n")
         await it.send(HELLO)
         note = it.page.locator(".note.bad")
         await note.wait_for()
