@@ -139,6 +139,7 @@ class _Silent:
     def listening(self, *_: Any) -> None: ...
     def metrics(self, *_: Any) -> None: ...
     def phase(self, *_: Any, **__: Any) -> None: ...
+    def moving(self, *_: Any) -> None: ...
 
 
 @asynccontextmanager
@@ -154,7 +155,7 @@ async def _in_this_process(model: Model, dtype: str, spans: Sequence[Span], way:
     def server(span: Span) -> Server:
         identity = Identity.from_seed(str(span))
 
-        async def load(on_progress: Any) -> Engine:
+        async def load(span: Span, on_progress: Any, *, kv_tokens: int | None = None) -> Engine:
             async with loading:  # torch's default dtype, which loading sets for a while, is the process's
                 return await Engine.load(model, span, config, on_progress)
 

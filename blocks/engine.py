@@ -21,7 +21,7 @@ from swarm.blocks.company import Pressure, patience, wanted
 from swarm.blocks.compute import Compute, Piece
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.handover import Handover
-from swarm.blocks.loading import EngineConfig, LoadedSpan, load
+from swarm.blocks.loading import EngineConfig, LoadedSpan, blocks_that_fit, load
 from swarm.blocks.models import Model
 from swarm.blocks.pace import Pace
 from swarm.blocks.precision import WireForm
@@ -32,7 +32,7 @@ from swarm.kernels.pages import Segment
 from swarm.page_keys import PAGE_TOKENS
 from swarm.spans import Span
 
-__all__ = ["Engine", "EngineConfig"]
+__all__ = ["Engine", "EngineConfig", "blocks_that_fit"]
 
 logger = logging.getLogger(__name__)
 

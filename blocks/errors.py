@@ -1,6 +1,10 @@
 """How an engine refuses. Apart from the engine, so that passing it on does not take importing torch."""
 
-from swarm.errors import SwarmError
+from swarm.errors import InputError, SwarmError
+
+
+class DoesNotFit(InputError):
+    """A shard takes more memory than there is, or than it may take."""
 
 
 class NoCapacity(SwarmError):

@@ -16,11 +16,11 @@ from swarm.blocks.families import kv_shapes
 from swarm.blocks.forward import Forward, forward_of
 from swarm.blocks.head import Logits
 from swarm.blocks.kv import pages_of
-from swarm.blocks.memory import plan_memory
+from swarm.blocks.memory import most_blocks, plan_memory
 from swarm.blocks.models import Model
 from swarm.blocks.precision import Precision, choose_device, choose_precision
 from swarm.blocks.shard import load_span, stored_dtype
-from swarm.errors import InputError
+from swarm.errors import InputError, SwarmError
 from swarm.spans import Span
 
 
@@ -86,7 +86,6 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
     stored = stored_dtype(model.checkpoint, span)
     precision = choose_precision(config.dtype, device, stored, config.quantize)
     architecture, is_last = load_config(str(model.path)), span.end == model.num_blocks
-    head_item = (precision.linear_dtype or precision.dtype).itemsize
     plan = plan_memory(
         model,
         span,
@@ -97,7 +96,7 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         max_vram=config.max_vram,
         device=device,
         max_rows=MAX_ROWS,
-        head_bytes=is_last * architecture.vocab_size * architecture.hidden_size * head_item,
+        head_bytes=is_last * _head_bytes(architecture, precision),
     )
     module = load_span(model, span, precision, device, on_progress)
     logits = Logits.load(model, precision, device) if is_last else None
@@ -114,6 +113,36 @@ def load(model: Model, span: Span, config: EngineConfig, on_progress: Callable[[
         keeps_pages=None not in shapes,
         is_on_cpu=device.type == "cpu",
     )
+
+
+def blocks_that_fit(model: Model, config: EngineConfig) -> int:
+    """How many successive blocks of the model fit here, whichever they are. Its weights files may be missing.
+
+    Raises:
+        InputError: the config, the dtype, the device or a limit cannot be used, or not one block fits.
+    """
+    device, architecture = choose_device(config.device), load_config(str(model.path))
+    try:
+        stored = stored_dtype(model.checkpoint, Span(0, 1))
+    except SwarmError:  # its files are not here yet
+        stored = architecture.dtype or torch.bfloat16
+    precision = choose_precision(config.dtype, device, stored, config.quantize)
+    return most_blocks(
+        model,
+        precision,
+        architecture,
+        kv_tokens=config.kv_tokens,
+        memory_limit=config.memory_limit,
+        max_vram=config.max_vram,
+        device=device,
+        max_rows=MAX_ROWS,
+        head_bytes=_head_bytes(architecture, precision),
+    )
+
+
+def _head_bytes(architecture: Any, precision: Precision) -> int:
+    itemsize = (precision.linear_dtype or precision.dtype).itemsize
+    return int(architecture.vocab_size * architecture.hidden_size * itemsize)
 
 
 def _bytes_of(module: Any) -> int:

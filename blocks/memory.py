@@ -6,7 +6,7 @@ how the memory is used in the end.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from math import prod
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from swarm.blocks.architecture import span_model
+from swarm.blocks.errors import DoesNotFit
 from swarm.blocks.families import KVShape, kv_shapes
 from swarm.blocks.models import Model
 from swarm.blocks.precision import Precision
 from swarm.blocks.recurrent import state_bytes
 from swarm.blocks.shard import read_ahead_bytes
-from swarm.errors import InputError
 from swarm.kernels.linear import PANEL, has_native
 from swarm.kernels.pages import VALUE_LANES
 from swarm.kernels.quantised import is_stack, quantised_bytes
@@ -31,6 +31,9 @@ from swarm.spans import Span
 FREE_KV_FRACTION = 0.25
 MAX_FREE_KV_TOKENS = 2**18
 """How much of what is free becomes KV, and how many tokens at most, where no limit says what may be taken."""
+
+SOUND_KV_TOKENS = 8192
+"""Tokens that a server should have KV for, which serves as many blocks as fit: some sessions' worth."""
 
 MARGIN_BYTES = 96 * 2**20
 """Attention scores, bytes on their way from and to peers, and what the heaps hold unused."""
@@ -111,15 +114,9 @@ def plan_memory(
         head_bytes: what the model's head takes beside the blocks; it counts as work space.
 
     Raises:
-        InputError: the span does not fit, or not with `kv_tokens`; the message has the numbers.
+        DoesNotFit: the span does not fit, or not with `kv_tokens`; the message has the numbers.
     """
-    module = span_model(config, span, precision.dtype)
-    shapes = kv_shapes(config, span)
-    blocks = _blocks(model, span, precision, shapes, module)
-    compute = compute_bytes(config, shapes, max_rows, precision.dtype.itemsize)
-    compute += _unpacked_bytes(module, precision) + head_bytes
-    if None in shapes:
-        compute += STATEFUL_SESSIONS * state_bytes(config, span, precision.dtype.itemsize)
+    blocks, compute = _needs(model, span, precision, config, max_rows, head_bytes)
     title = f"Blocks {span} of {model.name}"
     if device.type != "cuda":
         return plan(blocks, compute, _main_room(memory_limit), kv_tokens, title, precision.name)
@@ -127,6 +124,41 @@ def plan_memory(
     passing = [replace(block, placed=0, kv_token=0) for block in blocks]
     plan(passing, 0, _main_room(memory_limit), 0, title, precision.name)
     return plan(blocks, compute, gpu_room, kv_tokens, title, precision.name)
+
+
+def most_blocks(
+    model: Model,
+    precision: Precision,
+    config: Any,
+    *,
+    kv_tokens: int | None,
+    memory_limit: int | None,
+    max_vram: int | None,
+    device: torch.device,
+    max_rows: int,
+    head_bytes: int,
+) -> int:
+    """How many successive blocks fit, whichever they are, with the KV of `kv_tokens`, or of a sound number.
+
+    No weights file need be here. The arguments are those of `plan_memory`.
+
+    Raises:
+        DoesNotFit: not even one of them does.
+    """
+    whole = Span(0, model.num_blocks)
+    blocks, compute = _needs(model, whole, precision, config, max_rows, head_bytes, are_files_here=False)
+    largest = BlockBytes(*map(max, zip(*map(astuple, blocks), strict=True)))
+    passing = replace(largest, placed=0, kv_token=0)
+    is_on_gpu = device.type == "cuda"
+    main = _main_room(memory_limit)
+    room = _gpu_room(max_vram, device) if is_on_gpu else main
+    for count in range(model.num_blocks, 0, -1):
+        fitting = _fit([largest] * count, compute, room, kv_tokens)
+        passes = not is_on_gpu or _fit([passing] * count, 0, main, 0) is not None
+        if fitting is not None and passes and fitting.kv_tokens >= (kv_tokens or SOUND_KV_TOKENS):
+            return count
+    plan([largest], compute, room, kv_tokens, f"One block of {model.name}", precision.name)
+    return 1
 
 
 def plan(
@@ -137,12 +169,12 @@ def plan(
     `compute` is the work space of a batch in bytes; `title` and `dtype` say what this is, for people.
 
     Raises:
-        InputError: they do not fit. The hint tells how many of the first blocks would.
+        DoesNotFit: they do not fit. The hint tells how many of the first blocks would.
     """
     if fitting := _fit(blocks, compute, room, kv_tokens):
         return fitting
     count = next((n for n in range(len(blocks) - 1, 0, -1) if _fit(blocks[:n], compute, room, kv_tokens)), 0)
-    raise InputError(
+    raise DoesNotFit(
         f"{title} take {_parts(blocks, compute, kv_tokens, dtype)}: that does not fit {room.bound}.",
         _hint(blocks, compute, room, kv_tokens, count),
     )
@@ -243,18 +275,32 @@ def size(count: int) -> str:
     return f"{count / 2**10:.0f} KiB"
 
 
-def _blocks(
-    model: Model, span: Span, precision: Precision, shapes: Sequence[KVShape | None], module: Any
-) -> list[BlockBytes]:
-    names = model.checkpoint.block_tensors(span)
+def _needs(
+    model: Model,
+    span: Span,
+    precision: Precision,
+    config: Any,
+    max_rows: int,
+    head_bytes: int,
+    *,
+    are_files_here: bool = True,
+) -> tuple[list[BlockBytes], int]:
+    """What each block takes, and the work space of a batch."""
+    module = span_model(config, span, precision.dtype)
+    shapes = kv_shapes(config, span)
+    compute = compute_bytes(config, shapes, max_rows, precision.dtype.itemsize)
+    compute += _unpacked_bytes(module, precision) + head_bytes
+    if None in shapes:
+        compute += STATEFUL_SESSIONS * state_bytes(config, span, precision.dtype.itemsize)
+    names = model.checkpoint.block_tensors(span) if are_files_here else {}
     found = []
     for block, layer, shape in zip(span.blocks, module.layers, shapes, strict=True):
-        stored = sum(model.checkpoint.entry(name).nbytes for name in names[block])
         whole = sum(weight.numel() for weight in layer.parameters()) * precision.dtype.itemsize
+        stored = sum(model.checkpoint.entry(name).nbytes for name in names[block]) if names else whole
         staged = stored + (whole if precision.quantization != "none" else 0)
         kv_token = 0 if shape is None else _kv_values(shape) * precision.dtype.itemsize
         found.append(BlockBytes(stored, staged, placed_bytes(layer, precision), kv_token))
-    return found
+    return found, compute
 
 
 def _kv_values(shape: KVShape) -> int:

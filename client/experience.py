@@ -23,6 +23,7 @@ from swarm.client.observed import Observed
 from swarm.client.route import Hop
 from swarm.dht.announcement import Announcement
 from swarm.net.transport import PeerId
+from swarm.spans import Span
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,14 @@ session, and better than one that has failed.
 
 @dataclass(frozen=True)
 class Avoided:
-    """Why a peer is avoided, and until when.
+    """Why a peer is avoided, and until when; at the longest as long as it announces that span.
 
     One that is warming up is avoided only as long as it announces what it `said` then.
     """
 
     until: float
     reason: str
+    span: Span
     said: Announcement | None = None
 
 
@@ -80,9 +82,9 @@ class Experience:
         elif isinstance(fault, NoCapacity):
             said = fault.hop.announcement if isinstance(fault, WarmingUp) else None
             until = now + (fault.retry_after or BUSY_AVOIDED)
-            self._avoided[peer] = Avoided(until, fault.reason, said)
+            self._avoided[peer] = Avoided(until, fault.reason, fault.hop.announcement.span, said)
         elif isinstance(fault, RequestRefused):
-            self._avoided[peer] = Avoided(now + REFUSING_AVOIDED, fault.reason)
+            self._avoided[peer] = Avoided(now + REFUSING_AVOIDED, fault.reason, fault.hop.announcement.span)
 
     def succeeded(self, hop: Hop, tokens: int, queue: float, compute: float, now: float) -> None:
         """`hop` ran `tokens` tokens in `compute` seconds, after `queue` seconds."""
@@ -106,7 +108,7 @@ class Experience:
         self._avoided = {
             peer: avoided
             for peer, avoided in self._avoided.items()
-            if avoided.until > now and avoided.said in (None, said.get(peer))
+            if avoided.until > now and _is_as_before(avoided, said.get(peer))
         }
         return self._avoided
 
@@ -130,3 +132,10 @@ class Experience:
         penalties.update(dict.fromkeys(others, OTHER_FORM_SECONDS))
         penalties.update(dict.fromkeys(missing, SUSPECT_SECONDS))
         return Costs(rtt, broken=frozenset(self._no_push), seen=self._observed.at(now), penalties=penalties)
+
+
+def _is_as_before(avoided: Avoided, announced: Announcement | None) -> bool:
+    """Whether a peer still announces that for which it is avoided: it may have gone on to other blocks."""
+    if avoided.said is not None:
+        return announced == avoided.said
+    return announced is None or announced.span == avoided.span

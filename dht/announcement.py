@@ -14,6 +14,8 @@ from swarm.net.transport import PeerId
 from swarm.spans import Span
 
 PeerState: TypeAlias = Literal["joining", "serving", "draining", "left"]
+Mobility: TypeAlias = Literal["fixed", "settled", "free"]
+"""What a server would change its blocks for: nothing, a block that nobody serves, or also more throughput."""
 
 MAX_BLOCKS = 1_000
 """The deepest models of today have under 200; a reader looks for one key a block."""
@@ -48,6 +50,9 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     `progress` is the loaded fraction of the shard. A peer that is joining and `asleep` loads it when
     somebody asks for a session. `rtts` are round trips in seconds from this peer to peers that hold the
     blocks after its own.
+
+    A server that is about to serve other blocks instead `goes_to` those, half-open like its own. While it is
+    `undecided`, it may still choose otherwise: it joins, or goes, where it says unless others came before it.
     """
 
     peer: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -68,9 +73,12 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=MAX_ADDRESSES)] = ()
     relayed: bool = False
     rtts: Annotated[dict[str, Seconds], msgspec.Meta(max_length=MAX_NEIGHBOURS)] = {}
+    mobility: Mobility = "fixed"
+    undecided: bool = False
+    goes_to: tuple[Block, Block] | None = None
 
     def __post_init__(self) -> None:
-        if self.start >= self.end:
+        if self.start >= self.end or (self.goes_to is not None and self.goes_to[0] >= self.goes_to[1]):
             raise ValueError("an announced span is empty")
 
     @property

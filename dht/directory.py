@@ -246,7 +246,7 @@ def merge(
         except RecordError as error:
             dropped[error.fault] += 1
             continue
-        if announcement.end > num_blocks:
+        if max((announcement.end, *(announcement.goes_to or ()))) > num_blocks:
             dropped["misplaced"] += 1
         elif held is None and len(merged) >= MAX_PEERS:
             dropped["too_many"] += 1

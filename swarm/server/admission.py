@@ -27,13 +27,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offer:
-    """What this peer has for a session that is about to open."""
+    """What this peer has for a session that is about to open; `left` is what it served before it moved."""
 
     model_id: str
     span: Span
     phase: PeerState
     loading_seconds: float
     sessions_of_peer: int
+    left: Span | None = None
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Terms:
     """
 
     session_id: str
+    span: Span
     max_tokens: int
     hidden_size: int
     dtype: Dtype
@@ -69,6 +71,8 @@ def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
             "model_mismatch", f"This server serves {offer.model_id}, not {printable(asked.model_id)}."
         )
     if asked.start >= asked.end or not offer.span.covers(Span(asked.start, asked.end)):
+        if offer.left is not None and offer.left.covers(Span(asked.start, asked.end)):
+            return refusal("draining", f"This server has gone on to blocks {offer.span}: use another one.")
         return refusal(
             "bad_request", f"This server serves blocks {offer.span}, not {asked.start}:{asked.end}."
         )

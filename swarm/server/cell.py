@@ -1,8 +1,9 @@
 """The shard cell: one span's place in this process, empty at first and filled in the background.
 
 Owns the phase this peer is in, how much of the shard is loaded, and the engine once there is one. Evicted,
-it is empty again and asleep, until it is wanted. Must not know of streams, announcements or the command
-line; whoever needs to know of changes is called.
+it is empty again and asleep, until it is wanted. Another span can take the place of its own, loaded beside it
+or once it is empty. Must not know of streams, announcements or the command line; whoever needs to know of
+changes is called.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ KNOWN_PROGRESS = 0.02
 MOVES: dict[PeerState, frozenset[PeerState]] = {
     "joining": frozenset({"serving", "left"}),
     "serving": frozenset({"joining", "draining"}),
-    "draining": frozenset({"left"}),
+    "draining": frozenset({"joining", "left"}),
     "left": frozenset(),
 }
 
@@ -58,6 +59,13 @@ def estimate_wait(progress: float, elapsed: float) -> float:
 
 OnProgress: TypeAlias = Callable[[float], None]
 Load: TypeAlias = Callable[[OnProgress], Awaitable[SpanEngine]]
+Measure: TypeAlias = Callable[[SpanEngine], Awaitable[Throughput]]
+
+
+async def measured(engine: SpanEngine) -> Throughput:
+    """What the engine says of itself after having run a little."""
+    decode, prefill = await engine.measure()
+    return Throughput(decode=decode, prefill=prefill)
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,8 @@ class ShardCell:
     """The cell of blocks `span`: `joining` until `fill` is done, and again once `evict` was called.
 
     `load` gets a callback for the loaded fraction, which may be called from any thread; `on_change` is
-    called on the event loop after each change of phase or progress. `dtype` and `quantization` are what was
-    asked for.
+    called on the event loop after each change of phase or progress. `measure` finds out how fast what was
+    loaded is. `dtype` and `quantization` are what was asked for.
     """
 
     def __init__(
@@ -91,10 +99,13 @@ class ShardCell:
         load: Load,
         on_change: Callable[[], None] = lambda: None,
         *,
+        measure: Measure = measured,
         dtype: str = "auto",
         quantization: str = "none",
     ):
         self.span = span
+        self.left: Span | None = None
+        """The blocks that it served before these, if any."""
         self.phase: PeerState = "joining"
         self.progress = 0.0
         self.engine: SpanEngine | None = None
@@ -103,12 +114,13 @@ class ShardCell:
         self.quantization = quantization
         self.serving_since = 0.0  # in the loop's time
         self._load = load
+        self._measure = measure
+        self._retired: list[SpanEngine] = []
         self._on_change = on_change
         self._started_at: float | None = None
         self._is_wanted = asyncio.Event()
         self._is_wanted.set()
         self._memory = asyncio.Lock()  # held by who takes much of it, or gives it back
-        self._is_abandoned = False
 
     @property
     def is_asleep(self) -> bool:
@@ -128,15 +140,10 @@ class ShardCell:
         loop = asyncio.get_running_loop()
         async with self._memory:
             self._started_at = loop.time()
-            try:
-                self.engine = await self._load(lambda fraction: self._report(loop, fraction))
-                self._on_progress(1.0)
-                decode, prefill = await self.engine.measure()
-            except asyncio.CancelledError:
-                self._is_abandoned = True
-                raise
+            self.engine = await self._loaded(self._load, self._on_progress)
+            self._on_progress(1.0)
+            self.throughput = await self._measure(self.engine)
         self.dtype = self.engine.precision.name
-        self.throughput = Throughput(decode=decode, prefill=prefill)
         self.serving_since = loop.time()
         self._is_wanted.clear()
         self.move("serving")
@@ -149,13 +156,61 @@ class ShardCell:
         Raises:
             IllegalMove: it is not serving.
         """
-        phase, engine = advance(self.phase, "joining"), self.engine
-        self.close()
-        self.phase, self.progress, self._started_at = phase, 0.0, None
-        self._on_change()
+        if self.phase != "serving":
+            raise IllegalMove(f"A peer that is {self.phase} cannot be evicted.")
+        await self._empty()
+
+    async def give_way(self, span: Span, load: Load) -> None:
+        """Empty the draining cell, give its memory back, and let it be filled with `span` by `load`.
+
+        Its sessions must have been ended.
+
+        Raises:
+            IllegalMove: it is not draining.
+        """
+        if self.phase != "draining":
+            raise IllegalMove(f"A peer that is {self.phase} cannot give way.")
+        self._is_wanted.set()
+        self.left, self.span, self._load = self.span, span, load
+        await self._empty()
+
+    def place(self, span: Span, load: Load) -> None:
+        """It is to hold `span` instead, which `load` fills: nothing of its own is loaded yet."""
+        assert self.phase == "joining", "only an empty cell can hold another span at once"
+        assert self.engine is None, "only an empty cell can hold another span at once"
+        self.span, self._load, self.progress, self._started_at = span, load, 0.0, None
+
+    async def load_beside(self, load: Load) -> tuple[SpanEngine, Throughput]:
+        """Another engine, for `swap`, and its speed. Cancelled, it stops the loading too.
+
+        Raises:
+            SwarmError: it cannot be loaded, for example since there is no memory for both.
+        """
         async with self._memory:
-            if engine is not None:
-                await engine.wait_closed()
+            engine = await self._loaded(load, lambda fraction: None)
+            try:
+                return engine, await self._measure(engine)
+            except BaseException:
+                engine.close()
+                raise
+
+    def swap(self, span: Span, load: Load, engine: SpanEngine, throughput: Throughput) -> SpanEngine:
+        """Serve `span` by `engine` from now on. Returns the one before, for `retire` once nobody needs it."""
+        assert self.phase == "serving", "only a cell that serves can go on with another span"
+        assert self.engine is not None, "a cell that serves holds an engine"
+        before = self.engine
+        self._retired.append(before)
+        self.left, self.span, self._load = self.span, span, load
+        self.engine, self.throughput = engine, throughput
+        self._on_change()
+        return before
+
+    async def retire(self, engine: SpanEngine) -> None:
+        """Close an engine that `swap` gave, and give its memory back."""
+        engine.close()
+        async with self._memory:
+            await engine.wait_closed()
+            self._retired = [other for other in self._retired if other is not engine]
             del engine
             await asyncio.to_thread(_give_back_memory)
 
@@ -194,16 +249,39 @@ class ShardCell:
         return estimate_wait(self.progress, asyncio.get_running_loop().time() - self._started_at)
 
     def close(self) -> None:
-        """Stop computing and drop the engine. Safe to call again."""
+        """Stop computing and drop all engines. Safe to call again."""
+        for engine in self._retired:
+            engine.close()
+        self._retired.clear()
         if self.engine is not None:
             self.engine.close()
             self.engine = None
 
-    def _report(self, loop: asyncio.AbstractEventLoop, fraction: float) -> None:
-        """Runs in the loading thread, which nothing but an exception can stop."""
-        if self._is_abandoned:
-            raise Abandoned("The peer leaves: its shard is not needed any more.")
-        loop.call_soon_threadsafe(self._on_progress, fraction)
+    async def _empty(self) -> None:
+        phase, engine = advance(self.phase, "joining"), self.engine
+        self.close()
+        self.phase, self.progress, self._started_at = phase, 0.0, None
+        self._on_change()
+        async with self._memory:
+            if engine is not None:
+                await engine.wait_closed()
+            del engine
+            await asyncio.to_thread(_give_back_memory)
+
+    async def _loaded(self, load: Load, on_progress: OnProgress) -> SpanEngine:
+        """What `load` gives. Once this is cancelled, nothing but an exception can stop the loading thread."""
+        loop, is_abandoned = asyncio.get_running_loop(), False
+
+        def report(fraction: float) -> None:
+            if is_abandoned:
+                raise Abandoned("This shard is not needed any more.")
+            loop.call_soon_threadsafe(on_progress, fraction)
+
+        try:
+            return await load(report)
+        except asyncio.CancelledError:
+            is_abandoned = True
+            raise
 
     def _on_progress(self, fraction: float) -> None:
         fraction = min(fraction, 1.0)

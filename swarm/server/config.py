@@ -21,7 +21,8 @@ JOIN_TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """One server. `None` leaves a choice to the machine: all blocks, a fresh identity, what memory allows.
+    """One server. `None` leaves a choice to the machine: a fresh identity, what memory allows, and of blocks
+    those that the swarm needs most, `num_blocks` of them.
 
     `memory_limit` and `max_vram` are in bytes, times in seconds. Without `evict_after` blocks stay loaded,
     without a `metrics_port` there are no metrics.
@@ -29,6 +30,7 @@ class ServerConfig:
 
     model: str
     blocks: Span | None = None
+    num_blocks: int | None = None
     initial_peers: tuple[str, ...] = ()
     identity: Path | None = None
     dtype: str = "auto"
@@ -50,8 +52,14 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """
         Raises:
-            InputError: the public name cannot be announced, or the overcommitment is none.
+            InputError: the public name cannot be announced, the overcommitment is none, or the blocks are
+                given twice.
         """
+        if self.blocks is not None and self.num_blocks is not None:
+            raise InputError(
+                "--blocks and --num-blocks both say how many blocks to serve.",
+                "Give --blocks A:B for certain ones, or --num-blocks N for those that the swarm needs most.",
+            )
         if not 1 <= self.kv_overcommit <= MAX_KV_OVERCOMMIT:
             raise InputError(
                 f"An overcommitment of {self.kv_overcommit:g} is not possible.",
@@ -76,7 +84,14 @@ def _what_options(what: argparse._ArgumentGroup) -> None:
         "--blocks",
         metavar="A:B",
         type=_blocks,
-        help="serve blocks A to B-1 (default: auto, all blocks of the model)",
+        help="serve blocks A to B-1, and no others ever (default: auto, those that the swarm needs most, and"
+        " others when it needs them more)",
+    )
+    what.add_argument(
+        "--num-blocks",
+        metavar="N",
+        type=count,
+        help="how many blocks to serve where they are chosen (default: as many as the memory allows)",
     )
     what.add_argument(
         "--dtype",
@@ -200,6 +215,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     return ServerConfig(
         model=args.model,
         blocks=args.blocks,
+        num_blocks=args.num_blocks,
         initial_peers=args.initial_peers,
         identity=args.identity,
         dtype=args.dtype,

@@ -26,15 +26,21 @@ class Events(Protocol):
         """Metrics can be read there."""
         ...
 
-    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
-        """The phase, or while joining the loaded fraction, is a new one; `asleep` if nothing is loading."""
+    def phase(self, phase: PeerState, span: Span, progress: float, *, asleep: bool = False) -> None:
+        """The phase, its blocks or, while joining, the loaded fraction is new; `asleep` if nothing loads."""
+        ...
+
+    def moving(self, span: Span, to: Span) -> None:
+        """The blocks `to` are about to be served instead of `span`."""
         ...
 
 
 class JsonEvents:
     """One JSON object a line: `listening`, `joining` with progress, `serving`, `draining`, `left`.
 
-    A server that was evicted says `joining` with `asleep`, and `joining` again when it loads.
+    A server that was evicted says `joining` with `asleep`, and `joining` again when it loads. One that goes
+    on to other blocks says `moving`, and `serving` once it serves them; in between it says `draining` and
+    `joining` if it had to let go of the others first.
     """
 
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
@@ -43,24 +49,30 @@ class JsonEvents:
     def metrics(self, url: str) -> None:
         emit({"event": "metrics", "url": url})
 
-    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
+    def phase(self, phase: PeerState, span: Span, progress: float, *, asleep: bool = False) -> None:
         joining = {"progress": round(progress, 4)} if phase == "joining" else {}
-        emit({"event": phase, **joining, **({"asleep": True} if asleep else {})})
+        emit({"event": phase, "blocks": list(span), **joining, **({"asleep": True} if asleep else {})})
+
+    def moving(self, span: Span, to: Span) -> None:
+        emit({"event": "moving", "blocks": list(span), "to": list(to)})
 
 
 class TextEvents:
     """Lines for people: how others join, then a bar for the loading, then each phase."""
 
-    def __init__(self, model: str, span: Span, num_blocks: int, *, is_first: bool):
+    def __init__(self, model: str, span: Span | None, num_blocks: int, *, is_first: bool):
+        """`span` is None where the blocks are still to be chosen."""
         self._model = model
         self._span = span
         self._num_blocks = num_blocks
         self._is_first = is_first
+        self._is_moving = False
         self._display = ExitStack()
         self._on_progress: OnProgress | None = None
 
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        _say(f"Peer {peer}, for blocks {self._span} of {self._model}, which has {self._num_blocks}.")
+        blocks = "blocks" if self._span is None else f"blocks {self._span}"
+        _say(f"Peer {peer}, for {blocks} of {self._model}, which has {self._num_blocks}.")
         _say("Addresses to join by:")
         for address in addresses:
             _say(f"  {address}")
@@ -70,27 +82,36 @@ class TextEvents:
     def metrics(self, url: str) -> None:
         _say(f"Metrics: {url}")
 
-    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
-        if phase != "joining" or asleep:
+    def phase(self, phase: PeerState, span: Span, progress: float, *, asleep: bool = False) -> None:
+        if phase != "joining" or asleep or span != self._span:
             self._display.close()
             self._on_progress = None
-            _say(ASLEEP if asleep else PHASES[phase])
+        self._span = span
+        self._is_moving = self._is_moving and phase == "draining"
+        if self._is_moving:
+            return
+        if phase != "joining" or asleep:
+            _say(ASLEEP if asleep else PHASES[phase].format(span))
             return
         if self._on_progress is None:
             bars = self._display.enter_context(Progress())
-            self._on_progress = bars.stage(f"Loading blocks {self._span}")
+            self._on_progress = bars.stage(f"Loading blocks {span}")
         self._on_progress(progress)
 
+    def moving(self, span: Span, to: Span) -> None:
+        self._is_moving = True
+        _say(f"Going on from blocks {span} to {to}, where the swarm needs them more.")
+
     def _say_how_to_join(self, address: str) -> None:
-        blocks = next_span(self._span, self._num_blocks)
+        chosen = "" if self._span is None else f" --blocks {next_span(self._span, self._num_blocks)}"
         _say("This is a new swarm. Add a server to it:")
-        _say(f"  python -m swarm.server --model {self._model} --blocks {blocks} --initial-peers {address}")
+        _say(f"  python -m swarm.server --model {self._model}{chosen} --initial-peers {address}")
         _say("Talk to the model:")
         _say(f"  python -m swarm.client chat --model {self._model} --initial-peers {address}")
 
 
 PHASES: dict[PeerState, str] = {
-    "serving": "Serving. Ctrl-C leaves the swarm.",
+    "serving": "Serving blocks {}. Ctrl-C leaves the swarm.",
     "draining": "Leaving: running steps may end. Ctrl-C again ends at once.",
     "left": "Left the swarm.",
 }

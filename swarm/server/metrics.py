@@ -226,14 +226,14 @@ class _CellMetrics(Collector):
 
     def __init__(self, cell: ShardCell, model: str, peer: str):
         self._cell = cell
-        self._labels = {"version": VERSION, "model": model, "peer": peer, "span": str(cell.span)}
+        self._labels = {"version": VERSION, "model": model, "peer": peer}
 
     def collect(self) -> Iterator[Metric]:
         view = self._cell.view()
         yield InfoMetricFamily(
             "swarm_server",
             "What this server is and serves.",
-            {**self._labels, "dtype": view.dtype, "quantization": view.quantization},
+            {**self._labels, "span": str(view.span), "dtype": view.dtype, "quantization": view.quantization},
         )
         state = "asleep" if view.asleep else view.state
         yield _gauges(

@@ -1,13 +1,14 @@
 """One server's life in the swarm, in order: listen, be listed, fill the cell, serve, drain, leave.
 
-In between the cell may be evicted, and filled again for the next session. Owns what this peer says of
-itself. Network, records and engine come from outside, real or in-memory; how they are started is
-`startup`'s business, what people see of it all is `events`'.
+In between the cell may be evicted, and filled again for the next session, or go on to other blocks. Owns
+what this peer says of itself. Network, records and engine come from outside, real or in-memory; how they are
+started is `startup`'s business, what people see of it all is `events`'.
 """
 
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from swarm.dht.announcement import MAX_ADDRESSES, Announcement, ModelEntry
 from swarm.dht.announcer import PERIOD, Announcer
@@ -17,9 +18,11 @@ from swarm.errors import SwarmError
 from swarm.net.identity import Identity
 from swarm.net.transport import Transport
 from swarm.server.admission import Limits
-from swarm.server.cell import Load, ShardCell
+from swarm.server.arranging import Arranging
+from swarm.server.cell import ShardCell
 from swarm.server.events import Events
 from swarm.server.metrics import Metrics
+from swarm.server.moving import LoadSpan, Moving
 from swarm.server.sessions import Sessions
 from swarm.spans import Span
 from swarm.version import VERSION
@@ -30,6 +33,8 @@ DIRECTORY_PERIOD = 10.0
 FRESHEN_PERIOD = 3.0
 """Seconds between two looks at whether the free KV memory or the neighbours still are as announced."""
 
+FLOAT32_BYTES = 4
+
 ANNOUNCE_TIMEOUT = 2.0
 DRAIN_TIMEOUT = 30.0
 DRAIN_PATIENCE = 4.0
@@ -39,12 +44,16 @@ next of them to; see `stopping`."""
 
 @dataclass(frozen=True)
 class Shard:
-    """What a server is to serve: blocks `span` of `model`, once `load` has loaded them."""
+    """What a server is to serve: blocks `span` of `model`, once `load` has loaded them.
+
+    Unless that `is_fixed`, it is as many blocks, wherever the swarm needs them.
+    """
 
     model: ModelEntry
     hidden_size: int
     span: Span
-    load: Load
+    load: LoadSpan
+    is_fixed: bool = True
     dtype: str = "auto"
     quantization: str = "none"
 
@@ -73,7 +82,7 @@ class Server:
     ):
         self.cell = ShardCell(
             shard.span,
-            shard.load,
+            partial(shard.load, shard.span),
             self._on_cell_change,
             dtype=shard.dtype,
             quantization=shard.quantization,
@@ -97,6 +106,18 @@ class Server:
             span=shard.span,
             period=DIRECTORY_PERIOD,
         )
+        self._moving = Moving(self.cell, self.sessions, shard.load, self._announce, events)
+        self._arranging: Arranging | None = None
+        if not shard.is_fixed:
+            self._arranging = Arranging(
+                self.cell,
+                self.sessions,
+                self._moving,
+                self._directory,
+                network.transport,
+                self._announce,
+                shard.hidden_size * FLOAT32_BYTES,
+            )
 
     async def run(self, stop: asyncio.Event, *, metrics_url: str | None = None) -> None:
         """Serve until `stop` is set, then leave; whatever ends it, the announcement is withdrawn.
@@ -113,6 +134,8 @@ class Server:
         if metrics_url is not None:
             self._events.metrics(metrics_url)
         try:
+            if self._arranging is not None:
+                await self._arranging.place()
             await self._announcer.publish(self.announcement())
             self._tell()
             await self._serve(stop)
@@ -136,12 +159,13 @@ class Server:
 
     def announcement(self) -> Announcement:
         """What this peer says of itself now."""
-        cell, shard = self.cell, self._shard
+        cell, arranging = self.cell, self._arranging
+        self._directory.span = cell.span
         self._announced = Announcement(
             peer=self._network.identity.peer,
-            model_id=shard.model.model_id,
-            start=shard.span.start,
-            end=shard.span.end,
+            model_id=self._shard.model.model_id,
+            start=cell.span.start,
+            end=cell.span.end,
             state=cell.phase,
             progress=cell.progress,
             asleep=cell.is_asleep,
@@ -153,32 +177,42 @@ class Server:
             name=self._name,
             version=VERSION,
             addresses=self._addresses,
-            rtts=self._directory.next_rtts(shard.span),
+            rtts=self._directory.next_rtts(cell.span),
+            mobility=arranging.mobility if arranging else "fixed",
+            undecided=arranging.is_undecided if arranging else False,
+            goes_to=arranging.goes_to if arranging and arranging.goes_to != cell.span else None,
         )
         return self._announced
 
     async def _serve(self, stop: asyncio.Event) -> None:
+        works = {
+            "announce": self._announcer.run(self.announcement),
+            "fill the cell": self._keep_filled(),
+            "look around": self._look_around(),
+            "watch the network": self._watch_network(),
+        }
+        if self._arranging is not None:
+            works["arrange"] = self._arranging.run()
         async with asyncio.TaskGroup() as tasks:
-            background = [
-                tasks.create_task(work, name=name)
-                for name, work in (
-                    ("announce", self._announcer.run(self.announcement)),
-                    ("fill the cell", self._keep_filled()),
-                    ("look around", self._look_around()),
-                    ("watch the network", self._watch_network()),
-                )
-            ]
+            background = [tasks.create_task(work, name=name) for name, work in works.items()]
             await stop.wait()
             for task in background:
                 task.cancel()
 
     async def _keep_filled(self) -> None:
         """Fill the cell whenever it is wanted. Who is told that this peer serves finds it announced so."""
+        if self._arranging is not None:
+            await self._arranging.settle()
         while True:
             await self.cell.wait_wanted()
-            await self.cell.fill()
-            assert self.cell.engine is not None, "a cell that was filled holds an engine"
-            self.cell.engine.on_batch = self.metrics.on_batch
+            try:
+                await self.cell.fill()
+            except SwarmError as reason:
+                if not self._moving.turn_back():
+                    raise
+                logger.warning("blocks %s are served again: %s", self.cell.span, reason)
+                continue
+            self._moving.arrived()
             await self._announce()
             self._tell()
 
@@ -193,7 +227,7 @@ class Server:
 
     def _is_outdated(self, announced: Announcement) -> bool:
         kv_tokens_left = self.cell.engine.kv_tokens_left if self.cell.engine else 0
-        neighbours = self._directory.next_rtts(self._shard.span)
+        neighbours = self._directory.next_rtts(self.cell.span)
         return announced.kv_tokens_left != kv_tokens_left or announced.rtts.keys() != neighbours.keys()
 
     async def _watch_network(self) -> None:
@@ -204,6 +238,7 @@ class Server:
         try:
             if self.cell.phase == "serving":
                 self.cell.move("draining")
+            if self.cell.phase == "draining":
                 await asyncio.gather(self._announce(), self.sessions.drain(DRAIN_TIMEOUT, DRAIN_PATIENCE))
             await self._announcer.withdraw()
             self.cell.move("left")
@@ -220,9 +255,13 @@ class Server:
             logger.warning("peer %s could not announce that it is %s: %r", peer, phase, error)
 
     def _on_cell_change(self) -> None:
+        engine = self.cell.engine
+        if engine is not None and engine.on_batch is None:
+            engine.on_batch = self.metrics.on_batch
         self._announcer.changed()
         if self.cell.phase != "serving":
             self._tell()
 
     def _tell(self) -> None:
-        self._events.phase(self.cell.phase, self.cell.progress, asleep=self.cell.is_asleep)
+        cell = self.cell
+        self._events.phase(cell.phase, cell.span, cell.progress, asleep=cell.is_asleep)

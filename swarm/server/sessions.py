@@ -78,7 +78,7 @@ class Sessions:
     @property
     def count(self) -> int:
         """How many sessions are open."""
-        return sum(hosted.engine is not None for hosted in self._hosted())
+        return len(self._on(None))
 
     async def on_stream(self, stream: Stream) -> None:
         """Answer every message of `stream` until it ends, falls idle, or breaks a rule of framing."""
@@ -98,9 +98,12 @@ class Sessions:
             await self._free(seat)
             await seat.outbox.close()
 
-    def evict(self) -> None:
-        """End every session. The streams stay: who steps on is told so, and may open a session again."""
-        for hosted in self._hosted():
+    def evict(self, engine: SpanEngine | None = None) -> None:
+        """End every session, or those that run on `engine`.
+
+        The streams stay: who steps on is told so, and may open a session again.
+        """
+        for hosted in self._on(engine):
             hosted.evict()
 
     async def drain(self, grace: float, patience: float) -> None:
@@ -108,26 +111,37 @@ class Sessions:
 
         That may take `grace` seconds, as long as every `patience` seconds something comes of it.
         """
+        await self._let_go(None, grace, patience)
+        await self._flush()
+        for seat in self._seats:
+            seat.stream.close()
+
+    async def leave(self, engine: SpanEngine, grace: float, patience: float) -> None:
+        """Let the clients take elsewhere the sessions that run on `engine`, then end those; as `drain`."""
+        await self._let_go(engine, grace, patience)
+        self.evict(engine)
+
+    def demands(self) -> list[tuple[Span, int]]:
+        """Of each open session, its blocks and the tokens that it was promised."""
+        return [(hosted.terms.span, hosted.terms.max_tokens) for hosted in self._on(None)]
+
+    async def _let_go(self, engine: SpanEngine | None, grace: float, patience: float) -> None:
         clock = asyncio.get_running_loop().time
         for seat in self._seats:
-            if seat.hosted is not None:
+            if seat.hosted is not None and (engine is None or seat.hosted.engine is engine):
                 seat.outbox.put(Leaving(session_id=seat.session_id))
         deadline, moved_at = clock() + grace, clock()
-        while self.count and clock() < min(deadline, moved_at + patience):
+        while (before := len(self._on(engine))) and clock() < min(deadline, moved_at + patience):
             self._changed.clear()
-            before = self.count
             try:
                 async with asyncio.timeout_at(min(deadline, moved_at + patience)):
                     await self._changed.wait()
             except TimeoutError:
                 pass
-            if self.count < before or any(hosted.is_handing_over for hosted in self._hosted()):
+            if len(self._on(engine)) < before or any(one.is_handing_over for one in self._on(engine)):
                 moved_at = clock()
-        if self.count:
-            logger.warning("%d sessions were not taken elsewhere in time", self.count)
-        await self._flush()
-        for seat in self._seats:
-            seat.stream.close()
+        if left := len(self._on(engine)):
+            logger.warning("%d sessions were not taken elsewhere in time", left)
 
     async def _flush(self) -> None:
         """Let what was said last leave."""
@@ -139,6 +153,14 @@ class Sessions:
 
     def _hosted(self) -> Iterator[Hosted]:
         return (seat.hosted for seat in tuple(self._seats) if seat.hosted is not None)
+
+    def _on(self, engine: SpanEngine | None) -> list[Hosted]:
+        """The open sessions, or those of them that run on `engine`."""
+        return [
+            hosted
+            for hosted in self._hosted()
+            if hosted.engine is not None and (engine is None or hosted.engine is engine)
+        ]
 
     async def _converse(self, seat: Seat) -> None:
         while True:
@@ -307,6 +329,7 @@ class Sessions:
         return Offer(
             model_id=self._model_id,
             span=self._cell.span,
+            left=self._cell.left,
             phase=self._cell.phase,
             loading_seconds=self._cell.retry_after(),
             sessions_of_peer=sum(
@@ -318,6 +341,7 @@ class Sessions:
         form = engine.wire_form(asked.wire)
         return Terms(
             session_id=asked.session_id,
+            span=Span(asked.start, asked.end),
             max_tokens=asked.max_tokens,
             hidden_size=self._hidden_size,
             dtype=form.wire_dtype,

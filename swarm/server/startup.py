@@ -24,6 +24,7 @@ from swarm.server.events import Events, JsonEvents, TextEvents
 from swarm.server.evicting import evict_on_request, evict_when_idle, requests
 from swarm.server.metrics_endpoint import serving
 from swarm.server.server import Network, Server, Shard
+from swarm.server.sizing import clearly_fits
 from swarm.server.span_engine import SpanEngine
 from swarm.server.stopping import Stopping, unless
 from swarm.server.threads import cores, default_threads, servers_here
@@ -78,16 +79,20 @@ async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) 
         tasks.create_task(_import_network(), name="import the network")
         finding = tasks.create_task(_find_model(config, quiet=as_json), name="find the model")
     model, span = finding.result()
+    if span.size < model.num_blocks and config.blocks is None:
+        beside = await stack.enter_async_context(asyncio.TaskGroup())
+        beside.create_task(asyncio.to_thread(_import_engine), name="import the engine")
     network = await stack.enter_async_context(_join(config, identity))
     shard = Shard(
         _entry(model),
         model.hidden_size,
         span,
-        partial(_load, config, model, span),
+        partial(_load, config, model),
+        is_fixed=config.blocks is not None,
         dtype=config.dtype,
         quantization=config.quantize,
     )
-    return Server(shard, network, _events(config, model, span, as_json=as_json), name=config.public_name)
+    return Server(shard, network, _events(config, model, as_json=as_json), name=config.public_name)
 
 
 def _identify(config: ServerConfig) -> Identity:
@@ -95,16 +100,25 @@ def _identify(config: ServerConfig) -> Identity:
 
 
 async def _find_model(config: ServerConfig, *, quiet: bool) -> tuple[Model, Span]:
-    """The model and the blocks of it to serve.
+    """The model and the blocks of it to serve; where they are to be chosen, as many as it will be.
 
     Raises:
-        InputError: the model cannot be found or used, or does not have these blocks.
+        InputError: the model cannot be found or used, does not have these blocks, or not one fits here.
     """
     with Progress(quiet=quiet) as progress:
         model = await asyncio.to_thread(resolve, config.model, on_progress=_bars(progress))
-    span = config.blocks or Span(0, model.num_blocks)
+    span = config.blocks or Span(0, config.num_blocks or await _most_blocks(config, model))
     model.check_span(span)
     return model, span
+
+
+async def _most_blocks(config: ServerConfig, model: Model) -> int:
+    if clearly_fits(model, config):
+        return model.num_blocks
+    blocks = await asyncio.to_thread(_import_engine)
+    found: int = await asyncio.to_thread(blocks.blocks_that_fit, model, _engine_config(blocks, config))
+    logger.info("%d of %d blocks of %s fit here", found, model.num_blocks, model.name)
+    return found
 
 
 def _bars(progress: Progress) -> Callable[[str, float], None]:
@@ -150,8 +164,16 @@ async def _join(config: ServerConfig, identity: Identity) -> AsyncIterator[Netwo
         yield Network(identity, transport, store)
 
 
-async def _load(config: ServerConfig, model: Model, span: Span, on_progress: OnProgress) -> SpanEngine:
-    """Fetch the files that hold the span, and fill an engine from them.
+async def _load(
+    config: ServerConfig,
+    model: Model,
+    span: Span,
+    on_progress: OnProgress,
+    *,
+    kv_tokens: int | None = None,
+) -> SpanEngine:
+    """Fetch the files that hold the span, and fill an engine from them, with KV for `kv_tokens` if that is
+    given.
 
     Raises:
         InputError: the files cannot be had or used, or the device cannot.
@@ -166,17 +188,8 @@ async def _load(config: ServerConfig, model: Model, span: Span, on_progress: OnP
 
     await asyncio.to_thread(model.ensure_files, span, False, on_fetch)
     blocks = await asyncio.to_thread(_import_engine)
-    wanted = blocks.EngineConfig(
-        dtype=config.dtype,
-        device=config.device,
-        quantize=config.quantize,
-        kv_tokens=config.kv_tokens,
-        memory_limit=config.memory_limit,
-        max_vram=config.max_vram,
-        overcommit=config.kv_overcommit,
-        prefix_cache=config.prefix_cache,
-        threads=config.threads or await asyncio.to_thread(_threads),
-    )
+    threads = config.threads or await asyncio.to_thread(_threads)
+    wanted = _engine_config(blocks, config, kv_tokens=kv_tokens or config.kv_tokens, threads=threads)
     try:
         engine: SpanEngine = await blocks.Engine.load(
             model, span, wanted, lambda fraction: on_progress(fetched + fraction * (1 - fetched))
@@ -189,6 +202,20 @@ async def _load(config: ServerConfig, model: Model, span: Span, on_progress: OnP
             "Serve fewer blocks, or use a smaller --dtype.",
         ) from error
     return engine
+
+
+def _engine_config(blocks: Any, config: ServerConfig, **changes: int | None) -> Any:
+    asked: dict[str, Any] = {
+        "dtype": config.dtype,
+        "device": config.device,
+        "quantize": config.quantize,
+        "kv_tokens": config.kv_tokens,
+        "memory_limit": config.memory_limit,
+        "max_vram": config.max_vram,
+        "overcommit": config.kv_overcommit,
+        "prefix_cache": config.prefix_cache,
+    }
+    return blocks.EngineConfig(**asked | changes)
 
 
 @cache
@@ -222,7 +249,7 @@ def _entry(model: Model) -> ModelEntry:
     )
 
 
-def _events(config: ServerConfig, model: Model, span: Span, *, as_json: bool) -> Events:
+def _events(config: ServerConfig, model: Model, *, as_json: bool) -> Events:
     if as_json:
         return JsonEvents()
-    return TextEvents(config.model, span, model.num_blocks, is_first=not config.initial_peers)
+    return TextEvents(config.model, config.blocks, model.num_blocks, is_first=not config.initial_peers)

@@ -33,6 +33,7 @@ class Silent:
 
     def listening(self, *_: Any) -> None: ...
     def phase(self, *_: Any, **__: Any) -> None: ...
+    def moving(self, *_: Any) -> None: ...
 
 
 @asynccontextmanager
@@ -51,7 +52,7 @@ async def swarm_of(
     def server(span: Span) -> Server:
         identity = Identity.from_seed(str(span))
 
-        async def load(on_progress: Any) -> Engine:
+        async def load(span: Span, on_progress: Any, *, kv_tokens: int | None = None) -> Engine:
             return await Engine.load(model, span, config, on_progress)
 
         access = Network(identity, network.transport(identity), store.another())

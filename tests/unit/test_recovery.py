@@ -36,6 +36,7 @@ class Silent:
 
     def listening(self, *_: Any) -> None: ...
     def phase(self, *_: Any, **__: Any) -> None: ...
+    def moving(self, *_: Any) -> None: ...
 
 
 @dataclass
@@ -87,7 +88,7 @@ async def several(model: Model, spans: dict[str, Span], **options: Any) -> Async
     def place(name: str, span: Span) -> Place:
         identity = Identity.from_seed(name)
 
-        async def load(on_progress: Any) -> Engine:
+        async def load(span: Span, on_progress: Any, *, kv_tokens: int | None = None) -> Engine:
             return await Engine.load(model, span, config, on_progress)
 
         access = Network(identity, network.transport(identity), store.another())

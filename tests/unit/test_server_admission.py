@@ -16,6 +16,7 @@ OFFER = Offer(model_id="m", span=Span(2, 4), phase="serving", loading_seconds=3.
 LIMITS = Limits(sessions_per_peer=2)
 TERMS = Terms(
     session_id=SESSION,
+    span=Span(2, 4),
     max_tokens=10,
     hidden_size=3,
     dtype="float32",

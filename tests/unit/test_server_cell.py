@@ -34,6 +34,7 @@ LEGAL = {
     ("joining", "left"),
     ("serving", "joining"),
     ("serving", "draining"),
+    ("draining", "joining"),
     ("draining", "left"),
 }
 

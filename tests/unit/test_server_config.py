@@ -59,6 +59,13 @@ def test_bounds_arrive_in_bytes_and_seconds() -> None:
 
 def test_blocks_may_be_left_to_the_server() -> None:
     assert config_from(parsed("--blocks", "auto")).blocks is None
+    config = config_from(parsed("--num-blocks", "3"))
+    assert (config.blocks, config.num_blocks) == (None, 3)
+
+
+def test_blocks_are_chosen_or_counted_but_not_both() -> None:
+    with pytest.raises(InputError, match="--blocks and --num-blocks"):
+        config_from(parsed("--blocks", "2:4", "--num-blocks", "2"))
 
 
 @pytest.mark.parametrize(
@@ -139,15 +146,17 @@ def test_json_events_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -
     events = JsonEvents()
     events.listening(PeerId("A"), [LOOPBACK])
     events.metrics("http://127.0.0.1:9100/metrics")
-    events.phase("joining", 0.4)
-    events.phase("serving", 1.0)
-    events.phase("joining", 0.0, asleep=True)
+    events.phase("joining", Span(0, 2), 0.4)
+    events.phase("serving", Span(0, 2), 1.0)
+    events.phase("joining", Span(0, 2), 0.0, asleep=True)
+    events.moving(Span(0, 2), Span(4, 6))
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
         {"event": "listening", "addresses": [LOOPBACK], "peer": "A"},
         {"event": "metrics", "url": "http://127.0.0.1:9100/metrics"},
-        {"event": "joining", "progress": 0.4},
-        {"event": "serving"},
-        {"event": "joining", "progress": 0.0, "asleep": True},
+        {"event": "joining", "blocks": [0, 2], "progress": 0.4},
+        {"event": "serving", "blocks": [0, 2]},
+        {"event": "joining", "blocks": [0, 2], "progress": 0.0, "asleep": True},
+        {"event": "moving", "blocks": [0, 2], "to": [4, 6]},
     ]
 
 
@@ -155,14 +164,37 @@ def test_people_are_told_that_blocks_were_let_go_and_see_them_load_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     events = TextEvents("m", Span(0, 2), 6, is_first=False)
-    events.phase("joining", 0.5)
-    events.phase("serving", 1.0)
-    events.phase("joining", 0.0, asleep=True)
-    events.phase("joining", 0.0)
-    events.phase("serving", 1.0)
+    events.phase("joining", Span(0, 2), 0.5)
+    events.phase("serving", Span(0, 2), 1.0)
+    events.phase("joining", Span(0, 2), 0.0, asleep=True)
+    events.phase("joining", Span(0, 2), 0.0)
+    events.phase("serving", Span(0, 2), 1.0)
     captured = capsys.readouterr()
-    assert [line.split()[0] for line in captured.out.splitlines()] == ["Serving.", "Blocks", "Serving."]
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["Serving", "Blocks", "Serving"]
     assert captured.err.count("Loading blocks 0:2") == 2
+
+
+def test_people_are_told_where_a_server_goes_and_that_it_does_not_leave(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events = TextEvents("m", None, 6, is_first=True)
+    events.listening(PeerId("A"), [PUBLIC])
+    assert f"python -m swarm.server --model m --initial-peers {PUBLIC}" in capsys.readouterr().out
+    events.phase("joining", Span(0, 2), 0.5)
+    events.phase("serving", Span(0, 2), 1.0)
+    events.moving(Span(0, 2), Span(4, 6))
+    events.phase("draining", Span(0, 2), 1.0)
+    events.phase("joining", Span(4, 6), 0.0)
+    events.phase("serving", Span(4, 6), 1.0)
+    events.phase("draining", Span(4, 6), 1.0)
+    captured = capsys.readouterr()
+    assert [line.split(".")[0] for line in captured.out.splitlines()] == [
+        "Serving blocks 0:2",
+        "Going on from blocks 0:2 to 4:6, where the swarm needs them more",
+        "Serving blocks 4:6",
+        "Leaving: running steps may end",
+    ]
+    assert "Loading blocks 4:6" in captured.err
 
 
 @pytest.mark.parametrize("is_first", [True, False])
@@ -173,7 +205,7 @@ def test_the_first_server_prints_the_commands_to_join_by(
     events.listening(PeerId("A"), [LOOPBACK, PUBLIC])
     phases: tuple[PeerState, ...] = ("joining", "serving", "draining", "left")
     for phase in phases:
-        events.phase(phase, 1.0)
+        events.phase(phase, Span(0, 2), 1.0)
     said = capsys.readouterr().out
     assert LOOPBACK in said
     assert said.rstrip().endswith("Left the swarm.")

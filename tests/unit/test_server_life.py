@@ -43,8 +43,11 @@ class Recorded:
     def metrics(self, url: str) -> None:
         self.seen.append(("metrics", url))
 
-    def phase(self, phase: PeerState, progress: float, *, asleep: bool = False) -> None:
+    def phase(self, phase: PeerState, span: Span, progress: float, *, asleep: bool = False) -> None:
         self.seen.append(("asleep" if asleep else phase, progress))
+
+    def moving(self, span: Span, to: Span) -> None:
+        self.seen.append(("moving", (span, to)))
 
 
 class World:
@@ -60,7 +63,7 @@ class World:
     def server(self, name: str, span: Span = FIRST, load: Any = None) -> "Life":
         engine = self.engines[name] = FakeEngine()
 
-        async def slowly(on_progress: OnProgress) -> FakeEngine:
+        async def slowly(span: Span, on_progress: OnProgress, *, kv_tokens: int | None = None) -> FakeEngine:
             for fraction in (0.5, 1.0):
                 await asyncio.sleep(5)
                 on_progress(fraction)
@@ -279,7 +282,7 @@ async def test_leaving_while_loading() -> None:
 
 @in_virtual_time
 async def test_a_shard_that_cannot_be_loaded_is_withdrawn() -> None:
-    async def fail(on_progress: OnProgress) -> FakeEngine:
+    async def fail(span: Span, on_progress: OnProgress) -> FakeEngine:
         await asyncio.sleep(1)
         raise InputError("The file is cut short.")
 
@@ -344,7 +347,7 @@ async def test_evicting_what_is_not_serving_does_nothing() -> None:
 async def test_a_reload_that_fails_ends_the_server_with_its_reason() -> None:
     engines = iter([FakeEngine()])
 
-    async def once(on_progress: OnProgress) -> FakeEngine:
+    async def once(span: Span, on_progress: OnProgress) -> FakeEngine:
         for engine in engines:
             return engine
         raise InputError("The file is gone.")

@@ -1,0 +1,221 @@
+"""Where one server is to be, over its whole life: it chooses its blocks when it joins, and moves where it is
+needed more.
+
+It says where it means to go before it does, listens for a moment whether others mean the same, and yields to
+those whose turn comes before its own. Owns when that is done; what is best is decided in `placement`, from
+what `standing` makes of the directory, and how the server moves is `moving`'s business.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from swarm.dht.announcement import Mobility
+from swarm.dht.directory import Directory
+from swarm.errors import SwarmError
+from swarm.net.transport import PeerId, Transport
+from swarm.server.cell import ShardCell
+from swarm.server.moving import Moving
+from swarm.server.placement import Holder, Move, choose_in_turn, may_leave, plan, turn
+from swarm.server.sessions import Sessions
+from swarm.server.standing import Standing, mobility, standing, strength
+from swarm.server.watching import Watch
+from swarm.spans import Span
+
+logger = logging.getLogger(__name__)
+
+LOOK_PERIOD = 5.0
+"""Seconds between two looks at whether the server is needed elsewhere."""
+
+LISTENING = 0.5, 1.5
+"""Seconds in which a server hears of others who mean the same: for whose turn is first, and for the last."""
+
+ROUNDS = 5
+"""How often a newcomer changes its mind before it takes what it has."""
+
+CALM = 30.0, 90.0
+"""Seconds for which the swarm must have been better off with a move that fills no hole, by turn."""
+
+REST = 600.0
+"""Seconds after a move, or an attempt, in which only a hole is worth another."""
+
+PATIENCE = 15.0
+"""Seconds in which another server must have said that it goes to fill a hole; then it is not waited for."""
+
+UNWILLING = 300.0
+"""Seconds for which a server that did not go is not counted on."""
+
+
+class Arranging:
+    """Places the shard cell of one server, and has it moved.
+
+    `mobility`, `is_undecided` and `goes_to` are for the announcement, which `announce` makes known at once.
+    Each token that a server passes on takes `token_bytes`.
+    """
+
+    def __init__(
+        self,
+        cell: ShardCell,
+        sessions: Sessions,
+        moving: Moving,
+        directory: Directory,
+        transport: Transport,
+        announce: Callable[[], Awaitable[None]],
+        token_bytes: int,
+    ):
+        self.mobility: Mobility = "settled"
+        self.is_undecided = True
+        self.goes_to: Span | None = None
+        self._cell = cell
+        self._sessions = sessions
+        self._moving = moving
+        self._directory = directory
+        self._announce = announce
+        self._token_bytes = token_bytes
+        self._peer = transport.peer
+        self._watch = Watch(directory, transport)
+        self._waited_for: dict[PeerId, float] = {}
+        self._unwilling: dict[PeerId, float] = {}
+        self._wished_since: float | None = None
+        self._rests_until = self._stays_until = 0.0
+
+    async def place(self) -> None:
+        """Take the best place there is for the empty cell.
+
+        Raises:
+            StoreUnreachable: the directory could not be read.
+        """
+        await self._directory.refresh()
+        self._moving.place(self._choice())
+
+    async def settle(self) -> None:
+        """Announced, give way to those who choose at the same time and whose turn is before."""
+        for _ in range(ROUNDS):
+            await self._listen()
+            span = self._choice()
+            if span == self._cell.span:
+                break
+            self._moving.place(span)
+            await self._announce()
+        self.is_undecided = False
+        await self._announce()
+
+    async def run(self) -> None:
+        """Move wherever it is worth it, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch.run(), name="watch the others")
+            while True:
+                await asyncio.sleep(LOOK_PERIOD)
+                await self.look()
+
+    async def look(self) -> None:
+        """Move if the swarm has been better off with that for long enough."""
+        move = await self._wish()
+        if move is None:
+            self._wished_since = None
+            return
+        if self._wished_since is None:
+            self._wished_since = self._now()
+        if move.is_urgent or self._now() >= self._wished_since + _by_turn(self._peer, CALM):
+            await self._go(move)
+
+    async def _go(self, move: Move) -> None:
+        """Say so, and do it unless somebody else does it first."""
+        self.goes_to, self.is_undecided = move.span, True
+        await self._announce()
+        await self._listen()
+        if await self._wish() == move:
+            self.is_undecided = False
+            await self._announce()
+            logger.info("peer %s goes from blocks %s to %s", self._peer, self._cell.span, move.span)
+            if not await self._moving.move(move.span, lambda stay: self._may_leave(move, stay)):
+                self._stays_until = self._now() + UNWILLING
+            self._rests_until = self._now() + REST
+        self.goes_to, self.is_undecided, self._wished_since = None, False, None
+        await self._announce()
+
+    async def _listen(self) -> None:
+        """Wait until others who mean the same have said so, and read it."""
+        await asyncio.sleep(_by_turn(self._peer, LISTENING))
+        await self._read()
+
+    async def _read(self) -> None:
+        try:
+            await self._directory.refresh()
+        except SwarmError as error:
+            logger.warning("peer %s could not read where the others are: %s", self._peer, error)
+
+    def _choice(self) -> Span:
+        others = self._standing()
+        return choose_in_turn(others.holders, others.undecided, self._directory.num_blocks, self._mine())
+
+    async def _wish(self) -> Move | None:
+        """The move that is this server's to make, if there is one."""
+        self.mobility = self._mobility()
+        if self._cell.phase != "serving" or self.mobility == "fixed":
+            return None
+        while True:
+            others = self._standing()
+            servers = [*others.holders, *others.undecided, self._mine()]
+            moves = await asyncio.to_thread(plan, servers, self._directory.num_blocks)
+            late = self._late(moves)
+            if not late:
+                return next((move for move in moves if move.peer == self._peer), None)
+            self._unwilling.update(dict.fromkeys(late, self._now() + UNWILLING))
+
+    def _late(self, moves: Sequence[Move]) -> list[PeerId]:
+        """Who was to fill a hole, and should have said by now that it goes."""
+        now = self._now()
+        urgent = [PeerId(move.peer) for move in moves if move.is_urgent and move.peer != self._peer]
+        self._waited_for = {peer: self._waited_for.get(peer, now) for peer in urgent}
+        return [peer for peer, since in self._waited_for.items() if now > since + PATIENCE]
+
+    async def _may_leave(self, move: Move, stay: bool) -> bool:
+        """Whether others serve what this server leaves: all its blocks, unless it can `stay` on those that it
+        also goes to. Where blocks are missing no session gets through: then these may be missed for a while.
+        """
+        await self._read()
+        servers = [*self._standing().holders, self._mine()]
+        return may_leave(servers, self._peer, move.span if stay or move.is_urgent else None)
+
+    def _mobility(self) -> Mobility:
+        now, cell = self._now(), self._cell
+        if now < self._stays_until:
+            return "fixed"
+        found = mobility(
+            self._sessions.demands(),
+            [one for one in self._directory.announcements if one.peer != self._peer],
+            (cell.dtype, cell.quantization),
+            can_hand_over=cell.engine is not None and cell.engine.can_hand_over,
+        )
+        return "settled" if found == "free" and now < self._rests_until else found
+
+    def _standing(self) -> Standing:
+        now = self._now()
+        self._unwilling = {peer: until for peer, until in self._unwilling.items() if now < until}
+        return standing(
+            self._directory.announcements,
+            self._peer,
+            self._token_bytes,
+            gone=self._watch.gone(),
+            unwilling=self._unwilling,
+        )
+
+    def _mine(self) -> Holder:
+        return Holder(
+            self._peer,
+            self._cell.span,
+            strength(self._cell.throughput, self._cell.span, self._token_bytes),
+            serves=self._cell.phase == "serving",
+            may_fill=self.mobility != "fixed",
+            may_improve=self.mobility == "free",
+        )
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _by_turn(peer: PeerId, seconds: tuple[float, float]) -> float:
+    """Between the first and the last of `seconds`, the earlier it is `peer`'s turn."""
+    first, last = seconds
+    return first + (last - first) * turn(peer)

@@ -1,0 +1,315 @@
+"""Which blocks a server should hold, decided from what all servers hold: pure functions, which give everybody
+who sees the same directory the same answer.
+
+Holes come first: a block that nobody holds stops every session. Then what the swarm can carry, then the
+blocks whose holders have least to give. Knows servers by name, span and strength; it must not know how they
+are listed, how a server moves, nor what time it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from swarm.server.capacity import Flags, Floats, Indices, Layout
+from swarm.spans import Span
+
+MIN_GAIN = 0.1
+"""The part by which a move must raise what the swarm carries."""
+
+EQUAL = 0.01
+"""Relative difference up to which two places count as equally good."""
+
+STRONGEST = 16.0
+"""How many times stronger than the one in the middle a server is taken to be at most, whatever it says."""
+
+MOST_MOVERS = 16
+"""Servers that are tried in other places, the strongest first."""
+
+MOST_PAIRED, MOST_TRIES = 32, 64
+"""Servers, and pairs of moves, that are tried where no single move fills a hole."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A server that holds the blocks of `span`, or is about to.
+
+    It computes `strength` (token, block) pairs a second; 0 if that is not known. `serves` is false while it
+    still loads them. It can be asked to go elsewhere if it `may_fill` holes, or also `may_improve` the whole.
+    """
+
+    peer: str
+    span: Span
+    strength: float = 0.0
+    serves: bool = True
+    may_fill: bool = False
+    may_improve: bool = False
+
+
+class Move(NamedTuple):
+    """`peer` is to hold `span` instead.
+
+    That fills holes, or raises what the swarm carries to `gain` times what it was; then there are no holes.
+    """
+
+    peer: str
+    span: Span
+    gain: float | None = None
+
+    @property
+    def is_urgent(self) -> bool:
+        return self.gain is None
+
+
+def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span:
+    """The best place for `newcomer`, for a span as large as the one that it names.
+
+    Best is, in this order, where fewest blocks stay uncovered, where fewest more of its size could cover
+    them, where the swarm then carries most, and where blocks are thinnest. What is equal then is drawn by
+    the newcomer's name, so that many who come to an empty swarm at once spread.
+    """
+    size = min(newcomer.span.size, num_blocks)
+    *strengths, strength = _strengths([*holders, newcomer])
+    layout = _layout(holders, strengths, num_blocks)
+    is_hole = layout.held == 0
+    uncovered = is_hole.sum() - _sums(is_hole, size)
+    starts = np.flatnonzero(uncovered == uncovered.min())
+    if uncovered.min():
+        pieces = np.array([_pieces(is_hole, start, size) for start in starts])
+        starts = starts[pieces == pieces.min()]
+    else:
+        starts = starts[_is_most(layout.throughputs_with(strength, size, starts))]
+    starts = starts[_is_most(_relief(layout.even, strength / size, size)[starts])]
+    start = min(starts.tolist(), key=lambda start: lot(newcomer.peer, start))
+    return Span(start, start + size)
+
+
+def choose_in_turn(
+    holders: Sequence[Holder], undecided: Sequence[Holder], num_blocks: int, newcomer: Holder
+) -> Span:
+    """The best place for `newcomer` where `undecided` newcomers choose at the same time.
+
+    They are taken in the order that their names draw, as each of them does.
+    """
+    settled = list(holders)
+    for other in in_turn(undecided):
+        if turn(other.peer) < turn(newcomer.peer):
+            settled.append(replace(other, span=choose(settled, num_blocks, other), serves=False))
+    return choose(settled, num_blocks, newcomer)
+
+
+def plan(holders: Sequence[Holder], num_blocks: int) -> tuple[Move, ...]:
+    """The moves that the swarm is better off with, one after the other; none if all is well as it is.
+
+    Either they fill holes, or it is one that lets the swarm carry at least `MIN_GAIN` more. Each block that
+    a server leaves is held by others who serve it and stay.
+    """
+    holders = in_turn(holders)
+    layout = _layout(holders, _strengths(holders), num_blocks)
+    if (layout.held == 0).any():
+        return tuple(_fill(holders, layout))
+    return _improve(holders, layout)
+
+
+def may_leave(holders: Sequence[Holder], peer: str, to: Span | None = None) -> bool:
+    """Whether others serve all blocks of `peer`, or all that it leaves if it moves to the span `to`."""
+    mine = next(one for one in holders if one.peer == peer)
+    others = [one.span for one in holders if one.serves and one.peer != peer]
+    left = (block for block in mine.span.blocks if to is None or block not in to.blocks)
+    return all(any(block in span.blocks for span in others) for block in left)
+
+
+def turn(peer: str) -> float:
+    """The lower it is, the earlier is `peer`'s turn where several want the same; from 0 to 1."""
+    return lot(peer)
+
+
+def in_turn(holders: Sequence[Holder]) -> list[Holder]:
+    return sorted(holders, key=lambda one: turn(one.peer))
+
+
+def lot(*parts: object) -> float:
+    """A number from 0 to 1 that `parts` draw, the same for everybody."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def _layout(holders: Sequence[Holder], strengths: Sequence[float], num_blocks: int) -> Layout:
+    spans = np.array([one.span for one in holders], np.int64).reshape(-1, 2)
+    return Layout(num_blocks, spans[:, 0], spans[:, 1], np.array(strengths, np.float64))
+
+
+def _strengths(holders: Sequence[Holder]) -> list[float]:
+    """What each is taken to compute: who does not know counts as the one in the middle."""
+    known = [one.strength for one in holders if one.strength > 0]
+    middle = float(np.median(known)) if known else 1.0
+    return [min(one.strength, STRONGEST * middle) if one.strength > 0 else middle for one in holders]
+
+
+def _sums(values: Floats | Indices | Flags, size: int) -> Floats | Indices:
+    """The sums of all runs of `size` values, by where they start."""
+    before = np.concatenate(([0], values.cumsum()))
+    return before[size:] - before[:-size]
+
+
+def _is_most(values: Floats) -> Flags:
+    return values >= values.max() * (1 - EQUAL)
+
+
+def _pieces(is_hole: Flags, start: int, size: int) -> int:
+    """How many more spans of `size` cover the rest of the holes if one lies at `start`."""
+    rest = is_hole.copy()
+    rest[start : start + size] = False
+    return sum(-(-len(list(run)) // size) for is_one, run in groupby(rest) if is_one)
+
+
+def _seconds(even: Floats) -> Floats:
+    """How long each block that is held takes for a token if its holders share themselves out evenly."""
+    return np.divide(1.0, even, out=np.zeros_like(even), where=even > 0)
+
+
+def _relief(even: Floats, share: float, size: int) -> Floats:
+    """By where one more span of `size` starts, how much less that is in all if it adds `share` to each block:
+    most where blocks are thin."""
+    return _sums(_seconds(even) - np.where(even > 0, _seconds(even + share), 0.0), size)
+
+
+def _improve(holders: Sequence[Holder], layout: Layout) -> tuple[Move, ...]:
+    """The move after which the swarm carries most, if it is worth one.
+
+    Only who holds none of the blocks that limit the swarm has more to give to them.
+    """
+    now = layout.tight()
+    if layout.bound < now.throughput * (1 + MIN_GAIN):
+        return ()
+    serving = _serving(holders, layout)
+    places = []
+    for index, one in enumerate(holders):
+        held = slice(one.span.start, one.span.end)
+        may_move = one.may_improve and one.serves and (serving[held] > 1).all()
+        if may_move and not now.blocks[held].any():
+            places.append((index, np.flatnonzero(_sums(now.blocks, one.span.size))))
+    best = _best(holders, layout, places)
+    if best is None or best.carried < now.throughput * (1 + MIN_GAIN):
+        return ()
+    return (Move(holders[best.index].peer, best.span, best.carried / now.throughput),)
+
+
+def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:
+    """Moves that fill holes, each as many as one can; two that do so together where no single one does."""
+    serving = _serving(holders, layout)
+    movers = [index for index, one in enumerate(holders) if one.may_fill and one.serves]
+    while (layout.held == 0).any():
+        best = _best(holders, layout, _fillings(layout, serving, movers))
+        found = (best.index, best.span) if best else _first_of_two(layout, serving, movers)
+        if found is None:
+            return
+        index, span = found
+        yield Move(holders[index].peer, span)
+        serving = _moved(serving, layout, index, span)
+        layout = layout.moved(index, span.start)
+        movers.remove(index)
+
+
+class _Place(NamedTuple):
+    """Somewhere else for a server: what the swarm then carries, and how long tokens take."""
+
+    index: int
+    span: Span
+    carried: float
+    seconds: float
+
+
+def _best(holders: Sequence[Holder], layout: Layout, places: Sequence[tuple[int, Indices]]) -> _Place | None:
+    """The best of some `places`, each a server and the starts that it could move to."""
+    found = []
+    for index, starts in sorted(places, key=lambda place: -layout.strengths[place[0]])[:MOST_MOVERS]:
+        rest, size, strength = layout.without(index), holders[index].span.size, float(layout.strengths[index])
+        carried = rest.throughputs_with(strength, size, starts)
+        seconds = _seconds(rest.even).sum() - _relief(rest.even, strength / size, size)[starts]
+        spans = (Span(start, start + size) for start in starts.tolist())
+        found += map(_Place, [index] * len(starts), spans, carried.tolist(), seconds.tolist())
+    if not found:
+        return None
+    most = max(place.carried for place in found) * (1 - EQUAL)
+    found = [place for place in found if place.carried >= most]
+    least = min(place.seconds for place in found) * (1 + EQUAL)
+    found = [place for place in found if place.seconds <= least]
+    return min(found, key=lambda place: lot(holders[place.index].peer, place.span.start))
+
+
+def _fillings(layout: Layout, serving: Indices, movers: Sequence[int]) -> list[tuple[int, Indices]]:
+    """Where servers could move to, each alone, and fill as many blocks as any single one can."""
+    is_hole = layout.held == 0
+    ways = []
+    for index in movers:
+        size = int(layout.ends[index] - layout.starts[index])
+        starts = _open_starts(layout, serving, index)
+        ways.append((index, starts, _sums(is_hole, size)[starts]))
+    most = max((filled.max() for _, _, filled in ways if filled.size), default=0)
+    return [
+        (index, starts[filled == most]) for index, starts, filled in ways if most and (filled == most).any()
+    ]
+
+
+def _open_starts(layout: Layout, serving: Indices, index: int) -> Indices:
+    """Where a server could begin and still hold all blocks that it alone serves."""
+    size = int(layout.ends[index] - layout.starts[index])
+    first, last = 0, layout.num_blocks - size
+    alone = _alone(layout, serving, index)
+    if alone.size:
+        first, last = max(first, int(alone[-1]) - size + 1), min(last, int(alone[0]))
+    return np.arange(first, last + 1)
+
+
+def _alone(layout: Layout, serving: Indices, index: int) -> Indices:
+    """The blocks that a server alone serves."""
+    start = int(layout.starts[index])
+    return start + np.flatnonzero(serving[start : layout.ends[index]] <= 1)
+
+
+def _first_of_two(layout: Layout, serving: Indices, movers: Sequence[int]) -> tuple[int, Span] | None:
+    """A move that fills nothing by itself, and takes over what keeps another server from filling most."""
+    is_hole = layout.held == 0
+    movers = movers[:MOST_PAIRED]
+    ways = []
+    for other in movers:
+        size, alone = int(layout.ends[other] - layout.starts[other]), _alone(layout, serving, other)
+        filled = _sums(is_hole, size)
+        for start in np.flatnonzero(filled).tolist():
+            kept = alone[(alone < start) | (alone >= start + size)]
+            ways += [
+                (-int(filled[start]), index, other, start, taken)
+                for index in movers
+                if index != other and (taken := _start_over(layout, serving, index, kept)) is not None
+            ]
+    for _, index, other, start, taken in sorted(ways)[:MOST_TRIES]:
+        span = Span(taken, taken + int(layout.ends[index] - layout.starts[index]))
+        after = _moved(serving, layout, index, span)
+        if start in _open_starts(layout.moved(index, taken), after, other):
+            return index, span
+    return None
+
+
+def _start_over(layout: Layout, serving: Indices, index: int, blocks: Indices) -> int | None:
+    """Where a server could begin to hold all `blocks` too; None if it can't."""
+    starts = _open_starts(layout, serving, index)
+    size = int(layout.ends[index] - layout.starts[index])
+    starts = starts[(starts <= blocks[0]) & (starts + size > blocks[-1])]
+    return int(starts[0]) if starts.size else None
+
+
+def _serving(holders: Sequence[Holder], layout: Layout) -> Indices:
+    """How many servers serve each block and stay."""
+    spans = [one.span for one in holders if one.serves]
+    return _layout([one for one in holders if one.serves], [1.0] * len(spans), layout.num_blocks).held
+
+
+def _moved(serving: Indices, layout: Layout, index: int, to: Span) -> Indices:
+    """`serving` once a server has moved."""
+    serving = serving.copy()
+    serving[layout.starts[index] : layout.ends[index]] -= 1
+    serving[to.start : to.end] += 1
+    return serving
