@@ -45,6 +45,9 @@ PATIENCE = 15.0
 UNWILLING = 300.0
 """Seconds for which a server that did not go is not counted on."""
 
+STAY = 3600.0
+"""Seconds for which a server stays that could not load what it went to, and had let its blocks go for that."""
+
 
 class Arranging:
     """Places the shard cell of one server, and has it moved.
@@ -77,6 +80,8 @@ class Arranging:
         self._waited_for: dict[PeerId, float] = {}
         self._unwilling: dict[PeerId, float] = {}
         self._wished_since: float | None = None
+        self._planned_for: list[Holder] = []
+        self._moves: tuple[Move, ...] = ()
         self._rests_until = self._stays_until = 0.0
 
     async def place(self) -> None:
@@ -119,6 +124,10 @@ class Arranging:
         if move.is_urgent or self._now() >= self._wished_since + _by_turn(self._peer, CALM):
             await self._go(move)
 
+    def stay(self) -> None:
+        """A move had to be undone: try no other for long."""
+        self._stays_until = self._now() + STAY
+
     async def _go(self, move: Move) -> None:
         """Say so, and do it unless somebody else does it first."""
         self.goes_to, self.is_undecided = move.span, True
@@ -157,10 +166,12 @@ class Arranging:
         while True:
             others = self._standing()
             servers = [*others.holders, *others.undecided, self._mine()]
-            moves = await asyncio.to_thread(plan, servers, self._directory.num_blocks)
-            late = self._late(moves)
+            if servers != self._planned_for:
+                self._moves = await asyncio.to_thread(plan, servers, self._directory.num_blocks)
+                self._planned_for = servers
+            late = self._late(self._moves)
             if not late:
-                return next((move for move in moves if move.peer == self._peer), None)
+                return next((move for move in self._moves if move.peer == self._peer), None)
             self._unwilling.update(dict.fromkeys(late, self._now() + UNWILLING))
 
     def _late(self, moves: Sequence[Move]) -> list[PeerId]:

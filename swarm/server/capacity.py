@@ -69,6 +69,14 @@ class Layout:
         bound = self.bound + strength / self.num_blocks
         return _tightest(self._within(), bound, _Another(strength, size, starts))[0]
 
+    def edges_with(self, start: int, size: int) -> int:
+        """At how many places spans begin or end if there is one more of them."""
+        return len(self._edges | {start, start + size})
+
+    @cached_property
+    def _edges(self) -> set[int]:
+        return {0, self.num_blocks, *self.starts.tolist(), *self.ends.tolist()}
+
     def without(self, index: int) -> "Layout":
         """The same without one server."""
         return Layout(
@@ -112,10 +120,10 @@ def _tightest(within: Floats, bound: float, another: _Another | None) -> tuple[F
     while len(open_cases):
         some = None if another is None else another._replace(starts=another.starts[open_cases])
         idle, outside, gaps = _gaps(within, throughput[open_cases], some)
-        lower = (total - idle) / (num_blocks - outside)
+        lower = np.maximum(total - idle, 0.0) / (num_blocks - outside)
         is_lower = lower < throughput[open_cases] * (1 - ROUNDING)
         open_cases = open_cases[is_lower]
-        throughput[open_cases] = np.maximum(lower[is_lower], 0.0)
+        throughput[open_cases] = lower[is_lower]
         blocks[open_cases] = ~gaps[is_lower]
     return throughput, blocks
 

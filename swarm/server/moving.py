@@ -62,7 +62,7 @@ class Moving:
         self._cell.place(span, self._load_of(span))
 
     async def move(self, span: Span, may_leave: MayLeave) -> bool:
-        """Have the serving cell serve `span` instead; whether it does, or is about to.
+        """Have the serving cell serve `span` instead; whether it does, or loads it by now.
 
         At the last moment it is asked whether it `may_leave` its blocks; with True if it goes on to serve
         those that are in both spans meanwhile.

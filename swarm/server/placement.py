@@ -21,7 +21,11 @@ MIN_GAIN = 0.1
 """The part by which a move must raise what the swarm carries."""
 
 EQUAL = 0.01
-"""Relative difference up to which two places count as equally good."""
+"""Relative difference up to which the swarm counts as carrying as much."""
+
+SIMILAR = 0.1
+"""The same for the thinness of blocks: where it is similar, a span that begins and ends where others do is
+better. Routes through such spans have fewer hops, and one server can take over from another."""
 
 STRONGEST = 16.0
 """How many times stronger than the one in the middle a server is taken to be at most, whatever it says."""
@@ -67,9 +71,9 @@ class Move(NamedTuple):
 def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span:
     """The best place for `newcomer`, for a span as large as the one that it names.
 
-    Best is, in this order, where fewest blocks stay uncovered, where fewest more of its size could cover
-    them, where the swarm then carries most, and where blocks are thinnest. What is equal then is drawn by
-    the newcomer's name, so that many who come to an empty swarm at once spread.
+    If that leaves blocks uncovered, best is where these are fewest, and fewest more of its size could cover
+    them; else where the swarm then carries most, where blocks are thinnest, and where other spans begin and
+    end. The rest is drawn by the newcomer's name, so that many who come to an empty swarm at once spread.
     """
     size = min(newcomer.span.size, num_blocks)
     *strengths, strength = _strengths([*holders, newcomer])
@@ -78,12 +82,15 @@ def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span
     uncovered = is_hole.sum() - _sums(is_hole, size)
     starts = np.flatnonzero(uncovered == uncovered.min())
     if uncovered.min():
-        pieces = np.array([_pieces(is_hole, start, size) for start in starts])
-        starts = starts[pieces == pieces.min()]
+        costs = [_pieces(is_hole, start, size) for start in starts]
     else:
-        starts = starts[_is_most(layout.throughputs_with(strength, size, starts))]
-    starts = starts[_is_most(_relief(layout.even, strength / size, size)[starts])]
-    start = min(starts.tolist(), key=lambda start: lot(newcomer.peer, start))
+        starts = starts[_is_most(layout.throughputs_with(strength, size, starts), EQUAL)]
+        starts = starts[_is_most(_relief(layout.even, strength / size, size)[starts], SIMILAR)]
+        costs = [layout.edges_with(start, size) for start in starts]
+    ranked = zip(
+        costs, (lot(newcomer.peer, start) for start in starts.tolist()), starts.tolist(), strict=True
+    )
+    start = min(ranked)[-1]
     return Span(start, start + size)
 
 
@@ -154,8 +161,8 @@ def _sums(values: Floats | Indices | Flags, size: int) -> Floats | Indices:
     return before[size:] - before[:-size]
 
 
-def _is_most(values: Floats) -> Flags:
-    return values >= values.max() * (1 - EQUAL)
+def _is_most(values: Floats, tolerance: float) -> Flags:
+    return values >= values.max() * (1 - tolerance)
 
 
 def _pieces(is_hole: Flags, start: int, size: int) -> int:
@@ -237,7 +244,13 @@ def _best(holders: Sequence[Holder], layout: Layout, places: Sequence[tuple[int,
     found = [place for place in found if place.carried >= most]
     least = min(place.seconds for place in found) * (1 + EQUAL)
     found = [place for place in found if place.seconds <= least]
-    return min(found, key=lambda place: lot(holders[place.index].peer, place.span.start))
+    return min(
+        found,
+        key=lambda place: (
+            layout.edges_with(place.span.start, place.span.size),
+            lot(holders[place.index].peer, place.span.start),
+        ),
+    )
 
 
 def _fillings(layout: Layout, serving: Indices, movers: Sequence[int]) -> list[tuple[int, Indices]]:

@@ -208,8 +208,9 @@ class Server:
             try:
                 await self.cell.fill()
             except SwarmError as reason:
-                if not self._moving.turn_back():
+                if self._arranging is None or not self._moving.turn_back():
                     raise
+                self._arranging.stay()
                 logger.warning("blocks %s are served again: %s", self.cell.span, reason)
                 continue
             self._moving.arrived()

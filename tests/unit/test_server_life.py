@@ -3,127 +3,24 @@
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import pytest
 
-from swarm.dht.announcement import Announcement, ModelEntry, PeerState
-from swarm.dht.directory import list_models, list_peers
-from swarm.dht.memory import MemoryStore
+from swarm.dht.directory import list_models
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError, SwarmError
 from swarm.net import messages
-from swarm.net.calls import MessageStream, Refused
-from swarm.net.memory import MemoryNetwork
-from swarm.net.transport import PeerId, TransportError
-from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
-from swarm.net.wire import Link
+from swarm.net.calls import MessageStream
+from swarm.net.transport import TransportError
+from swarm.net.virtual_time import in_virtual_time
 from swarm.server.cell import OnProgress
 from swarm.server.evicting import evict_on_request, evict_when_idle, requests
-from swarm.server.server import DRAIN_PATIENCE, DRAIN_TIMEOUT, Network, Server, Shard
+from swarm.server.server import DRAIN_PATIENCE, DRAIN_TIMEOUT
 from swarm.server.stopping import LEAVE_TIMEOUT, unless
 from swarm.spans import Span
 from tests.fake_engine import FakeEngine
-
-FIRST = Span(0, 3)
-MODEL = ModelEntry(model_id="m", name="tiny", num_blocks=6, fingerprint="f")
-
-
-@dataclass
-class Recorded:
-    """Implements `Events`."""
-
-    seen: list[Any] = field(default_factory=list)
-
-    def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        self.seen.append(("listening", tuple(addresses)))
-
-    def metrics(self, url: str) -> None:
-        self.seen.append(("metrics", url))
-
-    def phase(self, phase: PeerState, span: Span, progress: float, *, asleep: bool = False) -> None:
-        self.seen.append(("asleep" if asleep else phase, progress))
-
-    def moving(self, span: Span, to: Span) -> None:
-        self.seen.append(("moving", (span, to)))
-
-
-class World:
-    """A network and its records, servers in it, and somebody who looks at them."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualTimeLoop)
-        self.network = MemoryNetwork(default_link=Link(latency=0.01))
-        self.store = MemoryStore(loop.now)
-        self.engines: dict[str, FakeEngine] = {}
-
-    def server(self, name: str, span: Span = FIRST, load: Any = None) -> "Life":
-        engine = self.engines[name] = FakeEngine()
-
-        async def slowly(span: Span, on_progress: OnProgress, *, kv_tokens: int | None = None) -> FakeEngine:
-            for fraction in (0.5, 1.0):
-                await asyncio.sleep(5)
-                on_progress(fraction)
-            return engine
-
-        return Life(self, name, Shard(MODEL, 3, span, load or slowly))
-
-    async def listed(self) -> list[Announcement]:
-        return await list_peers(self.store, MODEL)
-
-    async def states(self) -> list[PeerState]:
-        return [announcement.state for announcement in await self.listed()]
-
-
-class Life:
-    """One server while it runs."""
-
-    def __init__(self, world: World, name: str, shard: Shard):
-        self.transport = world.network.transport(name)
-        self.store = world.store.another()
-        self.events = Recorded()
-        self.stop = asyncio.Event()
-        network = Network(self.transport.identity, self.transport, self.store)
-        self.server = Server(shard, network, self.events, name=name)
-
-    async def __aenter__(self) -> "Life":
-        self.task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-
-    async def leave(self) -> None:
-        self.stop.set()
-        await self.task
-
-    async def _run(self) -> None:
-        async with self.transport:
-            await self.server.run(self.stop)
-
-
-async def opened(world: World, life: Life, client: str = "client") -> MessageStream:
-    transport = world.network.transport(client)
-    stream = MessageStream(await transport.open_stream(life.transport.peer))
-    asked = messages.Open(session_id="1" * 32, model_id="m", start=0, end=3, max_tokens=20)
-    await stream.call(asked, timeout=5)
-    return stream
-
-
-def step(number: int = 1, seq_pos: int = 0) -> messages.Step:
-    return messages.Step(
-        session_id="1" * 32,
-        number=number,
-        seq_pos=seq_pos,
-        payload_type="hidden_states",
-        response_type="hidden_states",
-        shape=(1, 3),
-        dtype="float32",
-    )
+from tests.server_swarm import MODEL, World, heard, opened, refused, step
 
 
 @in_virtual_time
@@ -492,18 +389,6 @@ async def test_unless_gives_the_result_the_error_or_nothing() -> None:
         await unless(asked, after(1, asyncio.sleep))  # type: ignore[arg-type]
     asyncio.get_running_loop().call_later(1, asked.set)
     assert await unless(asked, after(1e6)) is None
-
-
-async def heard(client: MessageStream) -> Any:
-    async with asyncio.timeout(30):
-        message, _ = await client.receive(1000)
-    return message
-
-
-async def refused(asking: Coroutine[Any, Any, Any]) -> messages.Error:
-    with pytest.raises(Refused) as refusal:
-        await asking
-    return refusal.value.error
 
 
 async def caught(task: "asyncio.Task[None]") -> BaseException:
