@@ -54,8 +54,16 @@ class WarmingUp(NoCapacity):
 class RequestRefused(HopError):
     """The peer found the request wrong: a fault of this client, or of the way it was used."""
 
+    advice = "The two may run versions of Swarm that do not fit together."
+
     def __init__(self, hop: Hop, reason: str):
-        super().__init__(hop, reason, "The two may run versions of Swarm that do not fit together.")
+        super().__init__(hop, reason, self.advice)
+
+
+class NotAdmittedThere(RequestRefused):
+    """The peer's operator does not let this client in."""
+
+    advice = "Ask its operator to allow that id; with --identity FILE it stays the same."
 
 
 @contextmanager
@@ -88,4 +96,6 @@ def refusal(hop: Hop, error: Error) -> HopError:
         return SessionLost(hop, "has ended the session")
     if error.code == "bad_request":
         return RequestRefused(hop, f"refused the request: {said}")
+    if error.code == "not_allowed":
+        return NotAdmittedThere(hop, f"lets only some peers in: {said}")
     return RemoteFault(hop, f"failed: {said}" if said else "failed")

@@ -8,9 +8,6 @@ Sources: libp2p specs, `peer-ids/peer-ids.md` (protobuf encodings, identity mult
 
 import hashlib
 import logging
-import os
-import stat
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from swarm.errors import InputError
+from swarm.net.private_file import read_private, write_private
 from swarm.net.transport import PeerId
 
 logger = logging.getLogger(__name__)
@@ -96,23 +94,14 @@ class Identity:
         return hashlib.blake2b(purpose.encode(), key=self._key.private_bytes_raw(), digest_size=32).digest()
 
     def _write(self, path: Path, keep_existing: bool) -> None:
-        """Write all of the file under another name first, so that nobody ever sees half of a key.
-
+        """
         Raises:
             FileExistsError: `keep_existing`, and there is a file at `path`.
             InputError: the file cannot be written.
         """
         private = self._key.private_bytes_raw() + self._key.public_key().public_bytes_raw()
-        draft = ""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-            with os.fdopen(file, "wb") as stream:
-                stream.write(_PRIVATE_PREFIX + private)
-            if keep_existing:
-                os.link(draft, path)
-            else:
-                os.replace(draft, path)
+            write_private(path, _PRIVATE_PREFIX + private, keep_existing=keep_existing)
         except FileExistsError:
             if keep_existing and path.is_file():
                 raise
@@ -122,9 +111,6 @@ class Identity:
                 f"The identity file {path} cannot be written: {error.strerror}.",
                 "Choose a path in a folder that you may write to.",
             ) from error
-        finally:
-            if draft:
-                Path(draft).unlink(missing_ok=True)
 
 
 def verify(peer: PeerId, data: bytes, signature: bytes) -> bool:
@@ -164,14 +150,12 @@ def _public_of(peer: PeerId) -> Ed25519PublicKey | None:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            data = file.read(_MAX_FILE_BYTES)
+        data, is_shared = read_private(path, _MAX_FILE_BYTES)
     except OSError as error:
         raise InputError(
             f"The identity file {path} cannot be read: {error.strerror}.", "Give the path of a key file."
         ) from error
-    if stat.S_IMODE(mode) & 0o077:
+    if is_shared:
         logger.warning("The identity file %s can be read by other users: `chmod 600` it.", path)
     return data
 

@@ -8,7 +8,8 @@ import asyncio
 import logging
 from collections import Counter
 
-from swarm.net.transport import FrameError, OnStream, PeerId, Stream, StreamClosed
+from swarm.net.door import Door
+from swarm.net.transport import FrameError, NotAdmitted, OnStream, PeerId, Stream, StreamClosed
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +18,15 @@ MAX_STREAMS = 4096
 
 
 class Inbound:
-    """Runs `on_stream` for each accepted stream; one that fails is logged and leaves the others alone."""
+    """Runs `on_stream` for each accepted stream that may come in at the `door` of the peer `own`.
 
-    def __init__(self, on_stream: OnStream):
+    One that fails is logged and leaves the others alone.
+    """
+
+    def __init__(self, on_stream: OnStream, door: Door, own: PeerId):
         self._on_stream = on_stream
+        self._door = door
+        self._own = own
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: Counter[PeerId] = Counter()
         self._is_closed = False
@@ -52,7 +58,10 @@ class Inbound:
 
     async def _serve(self, stream: Stream) -> None:
         try:
+            await self._door.on_enter(stream, self._own)
             await self._on_stream(stream)
+        except NotAdmitted as refusal:
+            logger.info("refused a stream: %s", refusal)
         except StreamClosed:
             logger.debug("peer %s ended its stream", stream.peer)
         except FrameError as error:

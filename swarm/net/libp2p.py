@@ -28,12 +28,12 @@ from hivemind.utils.multiaddr import Multiaddr
 from swarm.net import framing
 from swarm.net.addresses import Address, parse_address, parse_listen_address, usable_addresses
 from swarm.net.daemon import Daemon, check_can_listen
+from swarm.net.door import Door
 from swarm.net.identity import Identity, is_peer_id
 from swarm.net.inbound import Inbound
 from swarm.net.transport import (
     CONNECT_TIMEOUT,
     MAX_BODY_BYTES,
-    PROTOCOL,
     Buffer,
     FrameError,
     OnStream,
@@ -124,7 +124,8 @@ class Libp2pStream:
 class Libp2pTransport:
     """This peer's access to the network. Implements `Transport`; made by `start`."""
 
-    def __init__(self, identity: Identity, daemon: Daemon, p2p: P2P):
+    def __init__(self, identity: Identity, daemon: Daemon, p2p: P2P, door: Door):
+        self.door = door
         self.identity = identity
         self.peer = identity.peer
         self.p2p = p2p
@@ -146,12 +147,14 @@ class Libp2pTransport:
         routes_for_others: bool = True,
         nat_port_map: bool = False,
         relay: bool = False,
+        door: Door | None = None,
     ) -> "Libp2pTransport":
         """Start the daemon and join the swarm through whichever of `initial_peers` answers.
 
         `identity` may be the path of its file, made if missing. An empty `host_maddrs` listens nowhere.
         `routes_for_others` lets other peers ask this one for addresses; a short-lived client turns it
-        off. `relay` lets peers that cannot be reached be found through others, and this one too.
+        off. `relay` lets peers that cannot be reached be found through others, and this one too. Who may come
+        in at its `door` may open streams to this peer; by default all may.
 
         Raises:
             InputError: an address is malformed, in use, or not this machine's; or the identity's file.
@@ -167,7 +170,8 @@ class Libp2pTransport:
         options = _daemon_options(host_maddrs, announced, peers, routes_for_others, nat_port_map, relay)
         daemon = await Daemon.start(identity, options)
         try:
-            transport = cls(identity, daemon, await P2P.replicate(Multiaddr(daemon.control_address)))
+            p2p = await P2P.replicate(Multiaddr(daemon.control_address))
+            transport = cls(identity, daemon, p2p, door or Door())
         except BaseException as error:
             await daemon.stop()
             if isinstance(error, OSError | EOFError | P2PDaemonError):
@@ -208,22 +212,27 @@ class Libp2pTransport:
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
-        self._inbound = Inbound(on_stream)
+        self._inbound = Inbound(on_stream, self.door, self.peer)
+        self.door.watch(self._streams)
         async with self._daemon_calls():
-            await self.p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
+            await self.p2p.add_binary_stream_handler(self.door.protocol, self._on_stream)
 
     async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> Libp2pStream:
         self._check_usable()
         if not is_peer_id(peer):
-            raise _unreachable(peer, "not a peer id")
+            raise self._unreachable(peer, "not a peer id")
+        self.door.check(peer)
+        self.door.watch(self._streams)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                return await self._open(peer, usable_addresses(peer, addresses))
+                stream = await self._open(peer, usable_addresses(peer, addresses))
+                await self.door.call_enter(stream, self.peer)
+                return stream
         except TimeoutError:
-            raise _unreachable(peer, "no answer in time") from None
+            raise self._unreachable(peer, "no answer in time") from None
         except P2PDaemonError as error:
             self._check_usable()
-            raise _unreachable(peer, str(error)) from error
+            raise self._unreachable(peer, str(error)) from error
         except (OSError, EOFError) as error:
             self._check_usable()
             raise _mute_daemon() from error
@@ -237,6 +246,7 @@ class Libp2pTransport:
         self._failure = self._failure or TransportError("This peer has left the network.")
         if self._inbound is not None:
             await self._inbound.close()
+        await self.door.close()
         self._close_streams()
         self._watch.cancel()
         control = self.p2p._client.control
@@ -292,7 +302,7 @@ class Libp2pTransport:
                     fault = await self._connect(peer, addresses)
             except TimeoutError:
                 logger.debug("peer %s does not answer at its addresses", peer)
-        target = StreamOpenRequest(peer=_peer_bytes(peer), proto=[PROTOCOL])
+        target = StreamOpenRequest(peer=_peer_bytes(peer), proto=[self.door.protocol])
         request = Request(type=Request.STREAM_OPEN, streamOpen=target)
         for _ in range(ROUTING_ATTEMPTS):
             try:
@@ -344,6 +354,25 @@ class Libp2pTransport:
     def _close_streams(self) -> None:
         for stream in list(self._streams):
             stream.close()
+
+    def _unreachable(self, peer: PeerId, reason: str) -> PeerUnreachable:
+        logger.debug("no stream to peer %s: %s", peer, reason)
+        if _OTHER_PEER in reason:
+            found = _FOUND.search(reason)
+            other = found[1] if found else ""
+            return OtherPeer(
+                f"At the addresses of peer {peer} another one answers, {other or 'of unknown id'}.",
+                "Take the address that the server prints now.",
+                other,
+            )
+        if "protocols not supported" in reason:
+            return OtherProtocol(
+                f"Peer {peer} does not speak {self.door.protocol}.",
+                "It may run another version, be in another swarm, or serve nothing.",
+            )
+        return PeerUnreachable(
+            f"Peer {peer} cannot be reached.", "It may have left, or be behind a firewall."
+        )
 
     def _check_usable(self) -> None:
         if self._failure is not None:
@@ -428,20 +457,3 @@ def _texts(addresses: Iterable[Multiaddr]) -> list[str]:
 
 def _mute_daemon() -> TransportError:
     return TransportError("The libp2p daemon of this peer does not answer.", "Start this peer again.")
-
-
-def _unreachable(peer: PeerId, reason: str) -> PeerUnreachable:
-    logger.debug("no stream to peer %s: %s", peer, reason)
-    if _OTHER_PEER in reason:
-        found = _FOUND.search(reason)
-        other = found[1] if found else ""
-        return OtherPeer(
-            f"At the addresses of peer {peer} another one answers, {other or 'of unknown id'}.",
-            "Take the address that the server prints now.",
-            other,
-        )
-    if "protocols not supported" in reason:
-        return OtherProtocol(
-            f"Peer {peer} does not speak {PROTOCOL}.", "It may run another version, or serve nothing."
-        )
-    return PeerUnreachable(f"Peer {peer} cannot be reached.", "It may have left, or be behind a firewall.")

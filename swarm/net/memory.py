@@ -12,6 +12,7 @@ from itertools import combinations, product
 from types import TracebackType
 from typing import Self, TypeAlias
 
+from swarm.net.door import Door
 from swarm.net.framing import check_sendable
 from swarm.net.identity import Identity, is_peer_id
 from swarm.net.inbound import Inbound
@@ -44,8 +45,10 @@ class MemoryNetwork:
         self._transports: dict[PeerId, MemoryTransport] = {}
         self._wires: dict[tuple[PeerId, PeerId], Wire] = {}
 
-    def transport(self, who: Who) -> "MemoryTransport":
+    def transport(self, who: Who, door: Door | None = None) -> "MemoryTransport":
         """A new peer's access to this network. A peer that closed or was killed may come back.
+
+        Who may come in at its `door` may open streams to it; by default all may.
 
         Raises:
             ValueError: that peer is in this network already, or only its peer id is given.
@@ -53,7 +56,7 @@ class MemoryNetwork:
         identity = who if isinstance(who, Identity) else self._identity(who)
         if identity.peer in self._transports:
             raise ValueError(f"peer {identity.peer} is in this network already")
-        self._transports[identity.peer] = transport = MemoryTransport(self, identity)
+        self._transports[identity.peer] = transport = MemoryTransport(self, identity, door or Door())
         return transport
 
     def peer(self, who: Who) -> PeerId:
@@ -106,11 +109,12 @@ class MemoryNetwork:
         """From `a` to `b`, and back."""
         return self._wire(a, b), self._wire(b, a)
 
-    async def reach(self, source: PeerId, target: PeerId) -> "MemoryTransport":
+    async def reach(self, source: PeerId, target: PeerId, door: Door) -> "MemoryTransport":
         """Go to `target` and back, which takes one round trip.
 
         Raises:
-            PeerUnreachable: nobody listens there, or nothing came back within `CONNECT_TIMEOUT`.
+            PeerUnreachable: nobody listens there or speaks as the source's `door` has it, or nothing came
+                back within `CONNECT_TIMEOUT`.
         """
         wires = self.wires(source, target)
         round_trip = sum(wire.link.latency for wire in wires)
@@ -120,6 +124,10 @@ class MemoryNetwork:
         is_lost = is_too_slow or any(wire.is_cut for wire in wires)
         if is_lost or transport is None or not transport.is_listening or target == source:
             raise PeerUnreachable(f"Peer {target} cannot be reached.", "It may have left.")
+        if transport.door.protocol != door.protocol:
+            raise PeerUnreachable(
+                f"Peer {target} does not speak {door.protocol}.", "It may be in another swarm."
+            )
         return transport
 
     def leave(self, peer: PeerId) -> None:
@@ -177,9 +185,10 @@ class MemoryStream:
 class MemoryTransport:
     """One peer in a `MemoryNetwork`. Implements `Transport`."""
 
-    def __init__(self, network: MemoryNetwork, identity: Identity):
+    def __init__(self, network: MemoryNetwork, identity: Identity, door: Door):
         self.identity = identity
         self.peer = identity.peer
+        self.door = door
         self.streams: dict[MemoryStream, None] = {}
         self._network = network
         self._inbound: Inbound | None = None
@@ -210,13 +219,18 @@ class MemoryTransport:
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
-        self._inbound = Inbound(on_stream)
+        self._inbound = Inbound(on_stream, self.door, self.peer)
+        self.door.watch(self.streams)
 
     async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> MemoryStream:
         self._check_usable()
-        target = await self._network.reach(self.peer, peer)
+        self.door.check(peer)
+        target = await self._network.reach(self.peer, peer, self.door)
         self._check_usable()
-        return target.accept(self)
+        stream = target.accept(self)
+        self.door.watch(self.streams)
+        await self.door.call_enter(stream, self.peer)
+        return stream
 
     def accept(self, source: "MemoryTransport") -> MemoryStream:
         """Join `source` to this peer by a stream, and return the end that is `source`'s."""
@@ -240,6 +254,7 @@ class MemoryTransport:
     async def close(self) -> None:
         inbound = self._inbound
         self._leave()
+        await self.door.close()
         self._failure = self._failure or TransportError("This peer has left the network.")
         if inbound is not None:
             await inbound.close()

@@ -46,7 +46,14 @@ PayloadType: TypeAlias = Literal["token_ids", "hidden_states"]
 Priority: TypeAlias = Literal["interactive", "bulk"]
 ResponseType: TypeAlias = Literal["hidden_states", "logits", "token_ids"]
 ErrorCode: TypeAlias = Literal[
-    "warming_up", "no_capacity", "draining", "unknown_session", "bad_request", "model_mismatch", "internal"
+    "warming_up",
+    "no_capacity",
+    "draining",
+    "unknown_session",
+    "bad_request",
+    "model_mismatch",
+    "not_allowed",
+    "internal",
 ]
 
 

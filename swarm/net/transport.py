@@ -17,6 +17,9 @@ PeerId = NewType("PeerId", str)
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 PROTOCOL = "/swarm/inference/1.0.0"
+PRIVATE_PROTOCOL = "/swarm/private/1.0.0"
+"""The same after both ends have proven that they have the swarm's key. A private swarm speaks no other."""
+
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 256 * 1024 * 1024
 
@@ -39,6 +42,10 @@ class OtherPeer(PeerUnreachable):
 
 class OtherProtocol(PeerUnreachable):
     """The peer is there, and does not speak `PROTOCOL`."""
+
+
+class NotAdmitted(PeerUnreachable):
+    """There is no going to the peer, or no coming in for it: it lacks the swarm's key, or lists forbid it."""
 
 
 class StreamClosed(SwarmError):
@@ -122,6 +129,7 @@ class Transport(Protocol):
 
         Raises:
             PeerUnreachable: within `CONNECT_TIMEOUT` seconds no stream could be opened.
+            NotAdmitted: the peer has not this swarm's key, or this peer's lists forbid it.
             TransportError: this peer's own network has failed or was closed.
         """
         ...

@@ -10,13 +10,14 @@ import pytest
 import pytest_asyncio
 
 from swarm.errors import InputError
-from swarm.net import daemon, libp2p
+from swarm.net import daemon, door, libp2p
 from swarm.net.addresses import endpoint_of
 from swarm.net.calls import MessageStream, ping
 from swarm.net.dialling import dial
 from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.messages import Pong
+from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import FrameError, OtherPeer, PeerUnreachable, StreamClosed, TransportError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -41,8 +42,10 @@ async def echo(stream):
         await stream.send(*await stream.receive())
 
 
-async def start(initial_peers=(), host_maddrs=LOOPBACK, identity=None) -> Libp2pTransport:
-    return await Libp2pTransport.start(identity or Identity.generate(), initial_peers, host_maddrs)
+async def start(initial_peers=(), host_maddrs=LOOPBACK, identity=None, key=None) -> Libp2pTransport:
+    return await Libp2pTransport.start(
+        identity or Identity.generate(), initial_peers, host_maddrs, door=door.Door(key)
+    )
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -202,9 +205,34 @@ async def test_a_third_peer_is_found_by_routing_and_by_address(server, client):
 
 
 async def test_a_peer_relays_for_nobody_unless_asked(server, client, monkeypatch):
-    monkeypatch.setattr(libp2p, "PROTOCOL", "/libp2p/circuit/relay/0.2.0/hop")
+    monkeypatch.setattr(door, "PROTOCOL", "/libp2p/circuit/relay/0.2.0/hop")
     with pytest.raises(PeerUnreachable, match=r"does not speak /libp2p/circuit/relay/0\.2\.0/hop"):
         await client.open_stream(server.transport.peer)
+
+
+async def test_only_who_has_the_key_speaks_to_a_private_peer(server):
+    right, wrong = SwarmKey.generate(), SwarmKey.generate()
+    served = []
+
+    async def serve(stream):
+        served.append(stream.peer)
+        await echo(stream)
+
+    async with await start(key=right) as private:
+        await private.listen(serve)
+        known = await private.addresses()
+        async with await start(known, (), key=right) as member:
+            stream = await member.open_stream(private.peer)
+            await stream.send(b"header", b"body")
+            assert await stream.receive() == (b"header", b"body")
+            with pytest.raises(PeerUnreachable, match="does not speak /swarm/private"):
+                await member.open_stream(server.transport.peer, await server.transport.addresses())
+        for key, says in ((wrong, "another swarm key"), (None, "does not speak /swarm/inference")):
+            async with await start(known, (), key=key) as stranger:
+                with pytest.raises(PeerUnreachable, match=says):
+                    await stranger.open_stream(private.peer)
+                assert not stranger._streams
+        assert served == [member.peer]
 
 
 async def test_who_cannot_be_reached_costs_no_connection(server, client):
