@@ -2,12 +2,13 @@
 
 It runs a DHT node in this process's event loop, on the transport's own daemon. Each node, ours among them,
 keeps a record only if it is signed by the peer under whose id it is to be kept, and readers check it again.
-It must not know what records say.
+In a private swarm only who has the key can call a node, or be one. It must not know what records say.
 
 hivemind calls a record's key a key, its peer a subkey, and keeps under each key a dictionary of subkeys.
 """
 
 import asyncio
+import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -26,9 +27,11 @@ from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration
 
+from swarm.allowance import Allowance
+from swarm.dht.guarded_calls import GuardedCalls
 from swarm.dht.records import RecordError, SignatureMemory, SignedRecord, check_lifetime, check_time
 from swarm.dht.store import StoreUnreachable
-from swarm.errors import SwarmError
+from swarm.errors import InputError, SwarmError
 from swarm.net.addresses import parse_address
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.transport import PeerId
@@ -53,15 +56,31 @@ KEYS_PER_CALL = 16
 MAX_STORED_RECORDS = 16_384
 """What this peer keeps for others: typically 1 KB each, at most `MAX_RECORD_BYTES`."""
 
+MAX_RECORDS_PER_PEER = 512
+"""Of which so many of one peer: twice what one has that serves all blocks of the deepest models."""
+
+NEW_PER_SECOND, NEW_AT_ONCE = 10.0, 2_048
+"""New records that one caller may bring, whoever signed them: with `MAX_LIFETIME` half of what is kept."""
+
+_PING = "DHTProtocol.rpc_ping"
+
 
 class KademliaStore:
     """A `RecordStore` shared by all peers of the swarm. Made by `start`; an async context manager."""
 
     def __init__(
-        self, node: DHTNode, validator: "_OwnRecordsOnly", initial: Iterable[PeerId], client_mode: bool
+        self,
+        node: DHTNode,
+        calls: GuardedCalls,
+        validator: "_OwnRecordsOnly",
+        transport: Libp2pTransport,
+        initial: Iterable[PeerId],
+        client_mode: bool,
     ):
         self.dropped = validator.dropped
         self._node = node
+        self._calls = calls
+        self._transport = transport
         self._signatures = validator.signatures
         self._initial = [node.peer_id.from_base58(peer) for peer in initial]
         self._client_mode = client_mode
@@ -73,20 +92,23 @@ class KademliaStore:
     ) -> "KademliaStore":
         """Join the DHT of `initial_peers`, multiaddrs that `transport` was started with; or begin a new one.
 
-        In client mode this peer keeps no records for others, and need not be reachable.
+        In client mode this peer keeps no records for others, and need not be reachable. If the transport's
+        door is private, so is the DHT; records of peers that the door does not admit are not read.
 
         Raises:
-            InputError: an address is malformed.
+            InputError: an address is malformed, or they are in a private swarm with another key, or in one
+                without, or this peer needs a key.
             StoreUnreachable: none of `initial_peers` answered.
             SwarmError: they answered, but cannot reach this peer, or their clocks differ from this one's.
         """
         initial = [
             peer for peer in (parse_address(text).peer for text in initial_peers) if peer != transport.peer
         ]
-        validator = _OwnRecordsOnly()
+        calls = GuardedCalls(transport.p2p, transport.door.key)
+        validator = _OwnRecordsOnly(calls)
         async with _within(JOIN_TIMEOUT, "served"):
             node = await DHTNode.create(
-                p2p=transport.p2p,
+                p2p=calls,
                 num_replicas=REPLICAS,
                 wait_timeout=RPC_TIMEOUT,
                 cache_locally=False,
@@ -99,9 +121,9 @@ class KademliaStore:
                 client_mode=client_mode,
                 record_validator=validator,
             )
-        node.protocol.storage = _BoundedStorage(MAX_STORED_RECORDS)
+        node.protocol.storage = _BoundedStorage(MAX_STORED_RECORDS, calls)
         node.protocol.cache = _BoundedStorage(0)  # anybody's cached entry would hide what is stored
-        store = cls(node, validator, initial, client_mode)
+        store = cls(node, calls, validator, transport, initial, client_mode)
         try:
             await store._join()
         except BaseException:
@@ -141,6 +163,17 @@ class KademliaStore:
             await self._rejoin()
             entries = await self._find(ids)
         return {key: self._newest(entries[key_id]) for key_id, key in ids.items()}
+
+    async def neighbours(self, most: int) -> list[str]:
+        """Addresses of peers that keep records, any `most` of those that this one knows.
+
+        Raises:
+            TransportError: this peer's own network has failed.
+        """
+        known = list(self._node.protocol.routing_table.uid_to_peer_id.values())
+        chosen = random.sample(known, min(most, len(known)))
+        found = (self._transport.known_addresses(PeerId(peer.to_base58())) for peer in chosen)
+        return [address for addresses in await asyncio.gather(*found) for address in addresses]
 
     async def close(self) -> None:
         if self._node.is_alive:
@@ -188,6 +221,8 @@ class KademliaStore:
                 if error.fault != "expired":
                     self.dropped[error.fault] += 1
                 continue
+            if not self._transport.door.admits(record.peer_id):
+                continue
             known = newest.get(record.peer)
             if known is None or known.expires_at < record.expires_at:
                 newest[record.peer] = record
@@ -199,6 +234,7 @@ class KademliaStore:
             return
         deadline = time.monotonic() + JOIN_TIMEOUT
         while not await self._ping_initial():
+            await self._check_key()
             if time.monotonic() + JOIN_PAUSE > deadline:
                 raise StoreUnreachable(
                     "None of the initial peers answered.",
@@ -220,6 +256,27 @@ class KademliaStore:
             raise StoreUnreachable(
                 "No peer of the swarm can be reached.", "Check this computer's connection."
             )
+
+    async def _check_key(self) -> None:
+        """
+        Raises:
+            InputError: an initial peer is there, and this one has not the key that it has.
+        """
+        is_private = self._transport.door.key is not None
+        if any(peer.to_base58() in self._calls.refused_by for peer in self._initial):
+            raise InputError(
+                "This swarm has another key.",
+                "Ask a member for its key file, or for an invitation: python -m swarm.client invite",
+            )
+        probes = (self._calls.speaks(peer, _PING, privately=not is_private) for peer in self._initial)
+        if not any(await asyncio.gather(*probes)):
+            return
+        if is_private:
+            raise InputError("This swarm has no key: it is open to all.", "Leave --swarm-key out to join it.")
+        raise InputError(
+            "This swarm is private: it takes a key to join it.",
+            "Give --swarm-key FILE; or give as --initial-peers the invitation that a member makes.",
+        )
 
     async def _ping_initial(self) -> bool:
         """Whether any initial peer answered.
@@ -250,7 +307,8 @@ class _OwnRecordsOnly(RecordValidatorBase):
     bad entry, and an entry may expire on its way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: GuardedCalls) -> None:
+        self._calls = calls
         self.dropped: Counter[str] = Counter()
         self.signatures = SignatureMemory()
 
@@ -262,6 +320,7 @@ class _OwnRecordsOnly(RecordValidatorBase):
                 raise RecordError("misplaced", "A record lies under another key, peer or time than its own.")
         except RecordError as error:
             self.dropped[error.fault] += 1
+            self._calls.blame_caller()
             return False
         return True
 
@@ -269,14 +328,18 @@ class _OwnRecordsOnly(RecordValidatorBase):
 class _BoundedStorage(DHTLocalStorage):
     """What a node keeps: at most `capacity` records, none replaced or outlived by an older one of its peer.
 
+    No peer has more than `MAX_RECORDS_PER_PEER` of them, and no caller brings many new ones at once.
     hivemind's own storage has no bound, forgets a record when an older one that was replayed expires, and
     hands out dictionaries that searches then write into.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, calls: GuardedCalls | None = None):
         super().__init__()
         self._capacity = capacity
+        self._calls = calls
+        self._newcomers = Allowance(NEW_PER_SECOND, NEW_AT_ONCE)
         self._ledger: TimedStorage[tuple[DHTID, str], None] = TimedStorage()
+        self._by_peer: TimedStorage[str, TimedStorage[DHTID, None]] = TimedStorage()
 
     def store(self, key: DHTID, value: bytes, expiration_time: float, subkey: str | None = None) -> bool:
         return subkey is not None and self.store_subkey(key, subkey, value, expiration_time)
@@ -287,14 +350,30 @@ class _BoundedStorage(DHTLocalStorage):
         known = entries.get(subkey)
         if known and known.expiration_time >= expiration_time:
             return False
-        if not known and len(self._ledger) >= self._capacity:
+        if not known and not self._has_room_for(subkey):
             return False
         if not entries.store(subkey, value, expiration_time):
             return False
-        self._ledger.store((key, subkey), None, expiration_time)
+        self._note(key, subkey, expiration_time)
         if not held or held.expiration_time < expiration_time:
             super().store(key, entries, expiration_time)
         return True
+
+    def _has_room_for(self, peer: str) -> bool:
+        """Whether one more record may be kept: in all, of `peer`, and from who brings it."""
+        held = self._by_peer.get(peer)
+        if len(self._ledger) >= self._capacity or (held and len(held.value) >= MAX_RECORDS_PER_PEER):
+            return False
+        caller = self._calls and self._calls.caller()
+        return not (caller and self._newcomers.take(caller, time.monotonic()))
+
+    def _note(self, key: DHTID, peer: str, expiration_time: float) -> None:
+        self._ledger.store((key, peer), None, expiration_time)
+        held = self._by_peer.get(peer)
+        records = held.value if held else TimedStorage()
+        records.store(key, None, expiration_time)
+        if not held or held.expiration_time < expiration_time:
+            self._by_peer.store(peer, records, expiration_time)
 
     def get(self, key: DHTID) -> ValueWithExpiration | None:
         held = super().get(key)

@@ -21,7 +21,7 @@ import swarm.net.slim  # noqa: F401, before hivemind
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
-from hivemind.proto.p2pd_pb2 import ConnectRequest, Request, Response, StreamOpenRequest
+from hivemind.proto.p2pd_pb2 import ConnectRequest, DHTRequest, Request, Response, StreamOpenRequest
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -59,6 +59,8 @@ SETTLE_TIME = 1.0
 ROUTING_ATTEMPTS = 20
 ROUTING_PERIOD = 0.1
 """How often, and after how many seconds again, to look for a peer while the daemon learns whom to ask."""
+FIND_TIMEOUT = 5
+"""Seconds that the daemon may look for a peer's addresses, where it does not know them by itself."""
 LINGER = 5.0
 """Seconds for what was sent before a close to leave."""
 
@@ -209,6 +211,24 @@ class Libp2pTransport:
         own = _peer_bytes(peer)
         ends = (Multiaddr(text) for known in response.peers if known.id == own for text in known.addrs)
         return next(iter(_texts(ends)), "")
+
+    async def known_addresses(self, peer: PeerId) -> list[str]:
+        """Multiaddrs at which the daemon has learned that `peer` listens, each ending in its id.
+
+        Raises:
+            TransportError: this peer's own network has failed.
+        """
+        self._check_usable()
+        asked = DHTRequest(type=DHTRequest.FIND_PEER, peer=_peer_bytes(peer), timeout=FIND_TIMEOUT)
+        try:
+            async with self._daemon_calls():
+                response, _, writer = await self._ask(Request(type=Request.DHT, dht=asked))
+        except P2PDaemonError as error:
+            logger.debug("no address of peer %s is known: %s", peer, error)
+            return []
+        writer.close()
+        known = _texts(Multiaddr(encoded) for encoded in response.dht.peer.addrs)
+        return list(map(str, usable_addresses(peer, (f"{text}/p2p/{peer}" for text in known))))
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()

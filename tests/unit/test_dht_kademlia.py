@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -20,8 +21,12 @@ from swarm.dht.kademlia import KademliaStore, _BoundedStorage
 from swarm.dht.records import MAX_LIFETIME, SignedRecord, sign
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError
+from swarm.net.addresses import parse_address
+from swarm.net.door import Door
 from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
+from swarm.net.peer_lists import PeerLists
+from swarm.net.swarm_key import SwarmKey
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -38,9 +43,12 @@ class Peer(SimpleNamespace):
         return sign(self.identity, key, body, self.store.now() + lifetime)
 
 
-async def join(stack: AsyncExitStack, addresses: list[str], *, is_client: bool = False) -> Peer:
+async def join(
+    stack: AsyncExitStack, addresses: list[str], *, is_client: bool = False, door: Door | None = None
+) -> Peer:
     identity = Identity.generate()
-    transport = await Libp2pTransport.start(identity, addresses, () if is_client else LOOPBACK)
+    listens_at = () if is_client else LOOPBACK
+    transport = await Libp2pTransport.start(identity, addresses, listens_at, door=door)
     await stack.enter_async_context(transport)
     store = await KademliaStore.start(transport, addresses, client_mode=is_client)
     await stack.enter_async_context(store)
@@ -182,6 +190,114 @@ async def test_a_node_keeps_only_so_much() -> None:
     assert storage.store_subkey(key, "a", b"2", later + 1), "what it keeps may still be renewed"
     assert not storage.store(key, b"regular", later)
     assert not _BoundedStorage(0).store_subkey(key, "a", b"1", later)
+
+
+async def test_a_node_keeps_only_so_much_of_one_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, later = _BoundedStorage(10_000), kademlia.time.time() + 60
+    stored = [
+        storage.store_subkey(DHTID.generate(source=f"k{number}"), "a", b"1", later + number)
+        for number in range(1000)
+    ]
+    assert sum(stored) == kademlia.MAX_RECORDS_PER_PEER
+    first = DHTID.generate(source="k0")
+    assert storage.store_subkey(first, "b", b"1", later), "others have their own share"
+    assert storage.store_subkey(first, "a", b"2", later + 1), "what it keeps may still be renewed"
+    monkeypatch.setattr("hivemind.utils.timed_storage.get_dht_time", lambda: later + 10)
+    assert storage.store_subkey(DHTID.generate(source="new"), "a", b"1", later + 99), (
+        "what expired makes room"
+    )
+
+
+async def test_a_node_takes_only_so_much_from_one_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kademlia, "NEW_AT_ONCE", 3)
+    monkeypatch.setattr(kademlia, "NEW_PER_SECOND", 0.001)
+    caller: list[str | None] = ["liar"]
+    storage = _BoundedStorage(100, SimpleNamespace(caller=lambda: caller[0]))
+    key, later = DHTID.generate(source="k"), kademlia.time.time() + 60
+    stored = [storage.store_subkey(key, f"peer {number}", b"1", later) for number in range(5)]
+    assert stored == [True, True, True, False, False]
+    assert storage.store_subkey(key, "peer 0", b"2", later + 1), "what it keeps may still be renewed"
+    for other in ("honest", None):
+        caller[0] = other
+        assert storage.store_subkey(key, f"peer of {other}", b"1", later)
+
+
+async def test_a_thousand_announcements_of_one_peer_harm_nobody(swarm: list[Peer]) -> None:
+    first, _, liar, client = swarm
+    true = first.record("flood.0", b"true")
+    assert await first.store.put([true]) == 1
+    records = [liar.record(f"flood.{number}") for number in range(1000)]
+    stored = await asyncio.gather(*(stored_by(liar, first, record) for record in records))
+    assert 0 < sum(map(sum, stored)) <= kademlia.MAX_RECORDS_PER_PEER
+    assert true in (await client.store.get(["flood.0"]))["flood.0"]
+    assert await first.store.put([first.record("flood.1")]) == 1
+
+
+async def test_who_brings_forged_records_is_not_listened_to() -> None:
+    async with AsyncExitStack() as stack:
+        first = await join(stack, [])
+        addresses = await first.transport.addresses()
+        liar, honest = await join(stack, addresses), await join(stack, addresses, is_client=True)
+        forged = [
+            msgspec.structs.replace(liar.record(f"f.{number}"), peer=first.identity.peer)
+            for number in range(40)
+        ]
+        answers = await asyncio.gather(
+            *(stored_by(liar, first, record) for record in forged), return_exceptions=True
+        )
+        assert any(isinstance(answer, TypeError) for answer in answers), "it is answered no more"
+        with pytest.raises(TypeError):
+            await stored_by(liar, first, liar.record("f.41"))
+        assert await stored_by(honest, first, honest.record("f.42")) == [True]
+
+
+async def test_a_private_swarm_is_closed_to_all_without_its_key(
+    swarm: list[Peer], caplog: pytest.LogCaptureFixture
+) -> None:
+    right, wrong = SwarmKey.generate(), SwarmKey.generate()
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as stack:
+        first = await join(stack, [], door=Door(right))
+        addresses = await first.transport.addresses()
+        member = await join(stack, addresses, door=Door(right), is_client=True)
+        assert await first.store.put([first.record("mine", b"secret")]) == 1
+        assert [record.body for record in (await member.store.get(["mine"]))["mine"]] == [b"secret"]
+        assert await stored_by(member, first, member.record("mine")) == [True]
+        for key, says in ((wrong, "another key"), (None, "is private")):
+            began = loop.time()
+            with pytest.raises(InputError, match=says):
+                await join(stack, addresses, door=Door(key))
+            assert loop.time() - began < 6
+        public = swarm[0]
+        open_addresses = await public.transport.addresses()
+        with pytest.raises(InputError, match="has no key"):
+            await join(stack, open_addresses, door=Door(right))
+
+        stranger = await join(stack, open_addresses)  # of the open swarm, but it knows the way
+        await stranger.transport._connect(first.identity.peer, map(parse_address, addresses))
+        protocol, target = stranger.store._node.protocol, first.store._node.peer_id
+        assert await protocol.call_ping(target) is None
+        assert await protocol.call_find(target, [DHTID.generate(source="mine")]) is None
+        with pytest.raises(TypeError):
+            await stored_by(stranger, first, stranger.record("mine"))
+        assert {record.peer for record in (await member.store.get(["mine"]))["mine"]} == {
+            first.identity.peer,
+            member.identity.peer,
+        }
+        assert len(first.store._node.protocol.routing_table.uid_to_peer_id) == 0, "no stranger is in it"
+
+
+async def test_records_of_whom_the_lists_do_not_admit_are_not_read(swarm: list[Peer], tmp_path: Path) -> None:
+    first, second, _, _ = swarm
+    for peer in (first, second):
+        assert await peer.store.put([peer.record("listed")]) == 1
+    block = tmp_path / "block"
+    block.write_text(f"{second.identity.peer}\n")
+    async with AsyncExitStack() as stack:
+        door = Door(lists=PeerLists(block=block))
+        reader = await join(stack, await first.transport.addresses(), is_client=True, door=door)
+        found = (await reader.store.get(["listed"]))["listed"]
+        assert [record.peer for record in found] == [first.identity.peer]
 
 
 async def test_replaying_an_old_record_does_not_shorten_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
