@@ -22,12 +22,13 @@ from swarm.blocks.models import Model
 from swarm.client.facade import Swarm
 from swarm.client.options import SessionKeywords, SessionOptions
 from swarm.dht.announcement import ModelEntry
+from swarm.dht.joining import Network
 from swarm.dht.memory import MemoryStore
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork
 from swarm.net.wire import Link
 from swarm.processes import ServerProcess, stop_all
-from swarm.server.server import Network, Server, Shard
+from swarm.server.server import Server, Shard
 from swarm.spans import Span
 
 NAMESPACES = "network namespaces joined by TUN devices and a delaying switch"

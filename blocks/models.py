@@ -14,8 +14,9 @@ from swarm.blocks.families import family_of, text_config
 from swarm.blocks.files import read_json
 from swarm.blocks.fingerprint import fingerprint
 from swarm.blocks.remote import is_url
-from swarm.blocks.sources import LocalFolder, OnProgress, Source, cache_folder, find_source
+from swarm.blocks.sources import LocalFolder, OnProgress, Source, find_source
 from swarm.blocks.stored_formats import stored_format
+from swarm.cache import cache_folder
 from swarm.errors import InputError
 from swarm.spans import Span
 

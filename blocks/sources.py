@@ -180,15 +180,6 @@ class RemoteFolder:
                 raise missing_file(self.storage.where(file))
 
 
-def cache_folder(chosen: Path | None = None) -> Path:
-    """Where converted models, pins and hashes are kept: `chosen`, SWARM_CACHE, or the user's cache."""
-    if chosen is not None:
-        return chosen.expanduser()
-    if configured := os.environ.get("SWARM_CACHE"):
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swarm"
-
-
 def find_source(name: str, cache: Path, on_progress: OnProgress) -> Source:
     """What `name` stands for: a URL, an existing folder, an alias, or a repository `owner/name[@revision]`.
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "peers": ("swarm.client.peers_table", "show who serves what"),
     "route": ("swarm.client.route_command", "explain the fastest route"),
     "diagnose": ("swarm.client.diagnose.command", "say what is wrong with this machine's connection"),
+    "invite": ("swarm.client.invite", "make an invitation, by which others join the swarm"),
 }
 
 EXAMPLES = {
@@ -51,6 +52,12 @@ EXAMPLES = {
         (
             "find out whether others reach a server on this machine",
             "%(prog)s --initial-peers ADDRESS --port 31337",
+        ),
+    ),
+    "invite": (
+        (
+            "let others join a private swarm",
+            "%(prog)s --initial-peers ADDRESS --swarm-key swarm.key",
         ),
     ),
 }
@@ -86,7 +93,11 @@ def parser(program: str = PROGRAM) -> cli.Parser:
             _route_options(command)
         if name == "diagnose":
             _diagnose_options(command)
-        cli.shared_options(command, model=None if name in ("peers", "diagnose") else cli.DEFAULT_MODEL)
+        cli.shared_options(
+            command,
+            model=None if name in ("peers", "diagnose") else cli.DEFAULT_MODEL,
+            names_model=name != "invite",
+        )
     return root
 
 

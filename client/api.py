@@ -14,6 +14,7 @@ from swarm.client.generation import Generation, TextStream
 from swarm.client.joining import OnProgress, join_with_model
 from swarm.client.options import SessionKeywords, SessionOptions
 from swarm.client.routes import OnWaiting
+from swarm.net.entrance import entrance
 
 __all__ = ["BlockingSwarm", "Chat", "Generation", "Swarm", "TextStream", "connect", "connect_sync"]
 
@@ -43,6 +44,10 @@ def connect(
     *,
     timeout: float = 60.0,
     identity: Path | str | None = None,
+    swarm_key: Path | str | None = None,
+    allow_peers: Path | None = None,
+    block_peers: Path | None = None,
+    remembers: bool = True,
     dtype: str = "auto",
     draft_model: str | None = None,
     on_waiting: OnWaiting = lambda reason: None,
@@ -54,10 +59,14 @@ def connect(
     Use it as `async with connect(...) as swarm`, or `swarm = await connect(...)` and close it yourself.
 
     Args:
-        initial_peers: multiaddrs of servers, as they print them.
+        initial_peers: multiaddrs of servers, as they print them, or an invitation.
         model: an alias, a hub repository or a local folder.
         timeout: seconds that a route through all blocks is waited for, now and for each session.
         identity: the file with this peer's key; a new identity each time without one.
+        swarm_key: the file with the key of a private swarm, unless an invitation has it.
+        allow_peers: a file of the only peers to have to do with, one id a line.
+        block_peers: a file of peers to have nothing to do with.
+        remembers: whether to join by peers that were there before where nobody else answers.
         dtype: of embeddings and head on this machine, as for a server.
         draft_model: a small model with the same vocabulary, named as `model` is, that runs on this machine
             and drafts tokens for the swarm to verify; without one, drafts come from the text before.
@@ -66,7 +75,7 @@ def connect(
         sessions: how sessions travel: see `swarm.client.options.SessionOptions`.
 
     Raises:
-        InputError: an option, the model, the draft model or an address cannot be used.
+        InputError: an option, the model, the draft model, an address or the key cannot be used.
         NoRoute: within `timeout` no route came up; says what is missing and who is loading.
         SwarmError: no initial peer can be reached.
     """
@@ -74,9 +83,12 @@ def connect(
     peers = (initial_peers,) if isinstance(initial_peers, str) else tuple(initial_peers)
 
     async def joined() -> Swarm:
+        way_in = await asyncio.to_thread(
+            partial(entrance, peers, swarm_key, allow_peers, block_peers, remembers=remembers)
+        )
         async with AsyncExitStack() as stack:
             network, found, head = await join_with_model(
-                stack, peers, model, identity=identity, dtype=dtype, on_progress=on_progress
+                stack, way_in, model, identity=identity, dtype=dtype, on_progress=on_progress
             )
             drafts = None
             if draft_model is not None:
@@ -110,6 +122,10 @@ def connect_sync(
     *,
     timeout: float = 60.0,
     identity: Path | str | None = None,
+    swarm_key: Path | str | None = None,
+    allow_peers: Path | None = None,
+    block_peers: Path | None = None,
+    remembers: bool = True,
     dtype: str = "auto",
     draft_model: str | None = None,
     on_waiting: OnWaiting = lambda reason: None,
@@ -128,6 +144,10 @@ def connect_sync(
             model,
             timeout=timeout,
             identity=identity,
+            swarm_key=swarm_key,
+            allow_peers=allow_peers,
+            block_peers=block_peers,
+            remembers=remembers,
             dtype=dtype,
             draft_model=draft_model,
             on_waiting=on_waiting,

@@ -5,20 +5,21 @@ The heavy rooms are imported off the event loop, when they are needed.
 
 import asyncio
 import importlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarm.client.concurrently import concurrently
-from swarm.dht.joining import Network, join, require_peers
+from swarm.dht.joining import Network, join
+from swarm.net.entrance import Entrance
 
 if TYPE_CHECKING:
     from swarm.blocks.head import Head
     from swarm.blocks.models import Model
 
-__all__ = ["Network", "OnProgress", "join", "join_with_model", "load_ends", "require_peers"]
+__all__ = ["Network", "OnProgress", "join", "join_with_model", "load_ends"]
 
 OnProgress = Callable[[str, float], None]
 """Called, from any thread, with the stage that finding and loading the model is in, and its done fraction."""
@@ -40,7 +41,7 @@ async def load_ends(name: str, dtype: str, on_progress: OnProgress | None) -> "t
 
 async def join_with_model(
     stack: AsyncExitStack,
-    initial_peers: Sequence[str],
+    entrance: Entrance,
     name: str,
     *,
     identity: Path | str | None = None,
@@ -49,7 +50,7 @@ async def join_with_model(
 ) -> "tuple[Network, Model, Head]":
     """`join` and `load_ends` at the same time."""
     work: list[Coroutine[Any, Any, Any]] = [
-        join(stack, initial_peers, identity),
+        join(stack, entrance, identity),
         load_ends(name, dtype, on_progress),
     ]
     network, (model, head) = await concurrently(*work)

@@ -1,6 +1,7 @@
 """The command `peers`: who serves what in a swarm, as a table or one JSON line."""
 
 import argparse
+import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
@@ -12,6 +13,7 @@ from swarm import cli
 from swarm.client.joining import join
 from swarm.client.peers import PeerReport, report_peers
 from swarm.dht.announcement import Announcement
+from swarm.net.entrance import entrance_of
 
 COLUMNS = ("Peer", "Model", "Blocks", "State", "Blocks/s", "KV left", "RTT", "Version")
 
@@ -20,7 +22,7 @@ async def main(args: argparse.Namespace) -> int:
     async with AsyncExitStack() as stack:
         with cli.Progress(quiet=args.json) as progress:
             joined = progress.stage("Joining the swarm", counted=False)
-            network = await join(stack, args.initial_peers, args.identity)
+            network = await join(stack, await asyncio.to_thread(entrance_of, args), args.identity)
             reports = await report_peers(network.transport, network.store, args.model)
             joined(1.0)
         if args.json:

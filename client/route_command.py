@@ -23,6 +23,7 @@ from swarm.dht.announcement import ModelEntry
 from swarm.dht.directory import list_models, list_peers
 from swarm.dht.rtts import RoundTrips
 from swarm.dht.store import RecordStore
+from swarm.net.entrance import entrance_of
 from swarm.net.transport import Transport
 
 PINGS = 3
@@ -43,7 +44,7 @@ async def main(args: argparse.Namespace) -> int:
     async with AsyncExitStack() as stack:
         with cli.Progress(quiet=args.json) as progress:
             joined = progress.stage("Joining the swarm", counted=False)
-            network = await join(stack, args.initial_peers, args.identity)
+            network = await join(stack, await asyncio.to_thread(entrance_of, args), args.identity)
             entry = find_model(await list_models(network.store), args.model)
             joined(1.0)
             measured = progress.stage("Measuring distances", counted=False)

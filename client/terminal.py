@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from swarm import cli
-from swarm.client.joining import require_peers
 from swarm.client.options import Options, generation_options
 from swarm.client.route import NoRoute, label
+from swarm.dht.joining import require_peers
 from swarm.errors import SwarmError
+from swarm.net.entrance import entrance_of
 
 if TYPE_CHECKING:
     from swarm.client.facade import Swarm
@@ -25,7 +26,7 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
     Raises:
         SwarmError: see `swarm.client.api.connect`.
     """
-    require_peers(args.initial_peers)
+    require_peers(await asyncio.to_thread(entrance_of, args))  # before what takes long
     with cli.Progress(quiet=args.json) as progress:
         started = progress.stage("Starting", counted=False)
         api = await asyncio.to_thread(importlib.import_module, "swarm.client.api")
@@ -35,6 +36,10 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
             args.model,
             timeout=args.timeout,
             identity=args.identity,
+            swarm_key=args.swarm_key,
+            allow_peers=args.allow_peers,
+            block_peers=args.block_peers,
+            remembers=args.remembers,
             draft_model=getattr(args, "draft_model", None),
             on_progress=Stages(progress),
             on_waiting=waiting_reporter(quiet=args.json),

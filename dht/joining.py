@@ -1,69 +1,169 @@
-"""Joining a swarm as one who serves nothing: an identity, the network, and the records of the swarm.
+"""Joining a swarm: an identity, the network, and the records of the swarm.
 
-Owns the order in which these start and close. The heavy libraries behind them are imported off the event
-loop, when they are needed. Knows nothing of models, nor what its caller wants in the swarm.
+Owns the order in which these start and close, and that a peer which was there before finds back when those it
+was to join by are gone. The heavy libraries behind them are imported off the event loop, when needed.
+Knows nothing of models, nor what its caller wants in the swarm.
 """
 
 import asyncio
 import importlib
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swarm.dht.store import RecordStore
-from swarm.errors import InputError
+from swarm.dht.store import RecordStore, StoreUnreachable
+from swarm.errors import InputError, SwarmError
+from swarm.net.entrance import Entrance
 from swarm.net.identity import Identity
-from swarm.net.transport import Transport
+from swarm.net.peer_memory import MAX_PEERS, PeerMemory
+from swarm.net.transport import PeerUnreachable, Transport
+
+logger = logging.getLogger(__name__)
+
+REMEMBER_PERIOD = 60.0
+"""Seconds between two notes of who is there."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One peer's access to the swarm: who it is, a way to its peers, and to what they announce."""
+    """One peer's access to the swarm: who it is, a way to its peers, and to what they announce.
+
+    `is_new` is true of a swarm that this peer has begun.
+    """
 
     identity: Identity
     transport: Transport
     store: RecordStore
+    is_new: bool = False
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a peer that serves others listens, and what it tells them instead."""
+
+    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()
 
 
 async def join(
-    stack: AsyncExitStack, initial_peers: Sequence[str], identity: Path | str | None = None
+    stack: AsyncExitStack,
+    entrance: Entrance,
+    identity: Identity | Path | str | None = None,
+    listening: Listening | None = None,
 ) -> Network:
-    """Start the network of a peer that serves nothing; `stack` closes it.
+    """Start the network of a peer; `stack` closes it.
+
+    Unless it is `listening` it serves nothing, and cannot be reached. Where nobody answers whom it is to join
+    by, it joins by those it remembers; if it remembers nobody either, and was to join by nobody, one that
+    listens begins a new swarm.
 
     Raises:
-        InputError: there is no address to join by, or one that cannot be used.
-        SwarmError: none of the initial peers can be reached.
+        InputError: there is no address to join by, or one that cannot be used, or the key is not the swarm's.
+        SwarmError: nobody can be reached.
     """
-    require_peers(initial_peers)
-    libp2p = await _imported("swarm.net.libp2p")
-    kademlia = await _imported("swarm.dht.kademlia")
-    who = (
-        Identity.generate()
-        if identity is None
-        else await asyncio.to_thread(Identity.load_or_create, identity)
-    )
-    transport = await libp2p.Libp2pTransport.start(
-        who, initial_peers=initial_peers, host_maddrs=(), routes_for_others=False
-    )
-    stack.push_async_callback(transport.close)
-    store = await kademlia.KademliaStore.start(transport, initial_peers, client_mode=True)
-    stack.push_async_callback(store.close)
-    return Network(who, transport, store)
+    who = identity if isinstance(identity, Identity) else await asyncio.to_thread(_identify, identity)
+    remembered = await _remembered(entrance, who)
+    if listening is None and not remembered and not entrance.addresses:
+        raise _no_peer()
+    if entrance.addresses or not remembered:
+        try:
+            return await _start(stack, entrance, entrance.addresses, who, listening)
+        except (PeerUnreachable, StoreUnreachable) as error:
+            if not remembered:
+                raise
+            logger.warning("%s Trying the peers remembered instead.", error.message)
+    try:
+        network = await _start(stack, entrance, (*entrance.addresses, *remembered), who, listening)
+    except (PeerUnreachable, StoreUnreachable):
+        if entrance.addresses or listening is None:
+            raise
+        logger.warning("None of the peers remembered answers: this peer begins the swarm anew.")
+        return await _start(stack, entrance, (), who, listening)
+    logger.warning("Joined by peers that were remembered.")
+    return network
 
 
-def require_peers(initial_peers: Sequence[str]) -> None:
-    """
-    Raises:
-        InputError: there is none.
-    """
-    if not initial_peers:
-        raise InputError(
-            "There is no peer to join by.",
-            "Give the address that a server prints: --initial-peers ADDRESS, or SWARM_INITIAL_PEERS.",
+async def _remembered(entrance: Entrance, own: Identity) -> list[str]:
+    """The addresses of the peers remembered of a swarm."""
+    if entrance.memory is None:
+        return []
+    found = await asyncio.to_thread(entrance.memory.recall, time.time())
+    return [address for one in found if one.peer != own.peer for address in one.addresses]
+
+
+async def _start(
+    stack: AsyncExitStack,
+    entrance: Entrance,
+    addresses: Sequence[str],
+    who: Identity,
+    listening: Listening | None,
+) -> Network:
+    libp2p, kademlia = await import_network()
+    async with AsyncExitStack() as starting:
+        transport = await libp2p.Libp2pTransport.start(
+            who,
+            addresses,
+            listening.host_maddrs if listening else (),
+            listening.announce_maddrs if listening else (),
+            routes_for_others=listening is not None,
+            door=entrance.door,
         )
+        starting.push_async_callback(transport.close)
+        store = await kademlia.KademliaStore.start(transport, addresses, client_mode=listening is None)
+        starting.push_async_callback(store.close)
+        if entrance.memory is not None:
+            await starting.enter_async_context(_remembering(entrance.memory, store))
+        stack.push_async_exit(starting.pop_all())
+    return Network(who, transport, store, is_new=not addresses)
 
 
-async def _imported(module: str) -> Any:
-    return await asyncio.to_thread(importlib.import_module, module)
+@asynccontextmanager
+async def _remembering(memory: PeerMemory, store: RecordStore) -> AsyncIterator[None]:
+    """Note who is in the swarm, now and every `REMEMBER_PERIOD`."""
+    task = asyncio.create_task(_remember_forever(memory, store), name="remember peers")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _remember_forever(memory: PeerMemory, store: RecordStore) -> None:
+    while True:
+        try:
+            if addresses := await store.neighbours(MAX_PEERS):
+                await asyncio.to_thread(memory.remember, addresses, time.time())
+        except (SwarmError, OSError) as error:
+            logger.info("the peers that are there cannot be remembered: %s", error)
+        await asyncio.sleep(REMEMBER_PERIOD)
+
+
+def _identify(path: Path | str | None) -> Identity:
+    return Identity.generate() if path is None else Identity.load_or_create(path)
+
+
+def require_peers(entrance: Entrance) -> None:
+    """
+    Raises:
+        InputError: there is neither an address to join by, nor a key by which some may be remembered.
+    """
+    if not entrance.swarm:
+        raise _no_peer()
+
+
+def _no_peer() -> InputError:
+    return InputError(
+        "There is no peer to join by.",
+        "Give the address that a server prints: --initial-peers ADDRESS, or SWARM_INITIAL_PEERS.",
+    )
+
+
+async def import_network() -> tuple[Any, Any]:
+    """The modules of the network and of the DHT, off the event loop: they take a moment."""
+    libp2p = await asyncio.to_thread(importlib.import_module, "swarm.net.libp2p")
+    kademlia = await asyncio.to_thread(importlib.import_module, "swarm.dht.kademlia")
+    return libp2p, kademlia

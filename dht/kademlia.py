@@ -59,8 +59,8 @@ MAX_STORED_RECORDS = 16_384
 MAX_RECORDS_PER_PEER = 512
 """Of which so many of one peer: twice what one has that serves all blocks of the deepest models."""
 
-NEW_PER_SECOND, NEW_AT_ONCE = 10.0, 2_048
-"""New records that one caller may bring, whoever signed them: with `MAX_LIFETIME` half of what is kept."""
+NEW_PER_SECOND, NEW_AT_ONCE = 2.0, 2_048
+"""New records that one caller may bring, whoever signed them: within `MAX_LIFETIME` half of what is kept."""
 
 _PING = "DHTProtocol.rpc_ping"
 
@@ -165,11 +165,6 @@ class KademliaStore:
         return {key: self._newest(entries[key_id]) for key_id, key in ids.items()}
 
     async def neighbours(self, most: int) -> list[str]:
-        """Addresses of peers that keep records, any `most` of those that this one knows.
-
-        Raises:
-            TransportError: this peer's own network has failed.
-        """
         known = list(self._node.protocol.routing_table.uid_to_peer_id.values())
         chosen = random.sample(known, min(most, len(known)))
         found = (self._transport.known_addresses(PeerId(peer.to_base58())) for peer in chosen)

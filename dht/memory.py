@@ -43,6 +43,9 @@ class MemoryStore:
         self._check_reachable()
         return {key: self._read(key) for key in keys}
 
+    async def neighbours(self, most: int) -> list[str]:
+        return []
+
     async def close(self) -> None:
         self.reachable = False
 

@@ -19,9 +19,8 @@ from swarm.net.transport import PeerId
 MAX_KEY_CHARS = 256
 MAX_BODY_BYTES = 8 * 1024
 MAX_RECORD_BYTES = 10 * 1024
-MAX_LIFETIME = 600.0
-"""Seconds a record may still have to live when it is seen: so few that who fills the memory of others must go
-on doing so."""
+MAX_LIFETIME = 3600.0
+"""Seconds a record may still have to live when it is seen."""
 
 CLOCK_SKEW = 3.0
 """Seconds by which the clocks of two peers may differ."""

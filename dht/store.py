@@ -52,6 +52,14 @@ class RecordStore(Protocol):
         """
         ...
 
+    async def neighbours(self, most: int) -> list[str]:
+        """Addresses of other peers that keep records, any `most` of those that this one knows.
+
+        Raises:
+            TransportError: this peer's own network has failed.
+        """
+        ...
+
     async def close(self) -> None:
         """Stop. Safe to call again."""
         ...

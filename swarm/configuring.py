@@ -23,7 +23,18 @@ NO_OPTIONS = ("SWARM_CACHE",)
 COMMANDS = ("server", "client", "health", "demo")
 """Each has a table of that name in the file."""
 
-SHARED = ("model", "initial-peers", "identity", "json", "timeout", "verbose")
+SHARED = (
+    "model",
+    "initial-peers",
+    "swarm-key",
+    "identity",
+    "allow-peers",
+    "block-peers",
+    "no-remembered-peers",
+    "json",
+    "timeout",
+    "verbose",
+)
 """Options that (nearly) every command has: the file may set them above its tables, for all commands."""
 
 SECRETS = ("api-key",)

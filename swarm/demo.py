@@ -162,6 +162,7 @@ def _server(
         "--host-maddrs": LOOPBACK,
         "--public-name": name,
     }
+    switches = ["--exit-with-stdin", "--no-remembered-peers"]
     on_fraction = progress.stage(f"Starting {name} with blocks {span}")
 
     def on_event(event: Event) -> None:
@@ -170,7 +171,7 @@ def _server(
         on_fraction(1.0 if event["event"] == "serving" else event.get("progress", 0.0))
 
     return ServerProcess(
-        [part for option in options.items() for part in option] + ["--exit-with-stdin"],
+        [part for option in options.items() for part in option] + switches,
         name=name,
         log=folder / f"{name}.log",
         environment={"OMP_NUM_THREADS": threads},
@@ -187,7 +188,9 @@ async def _join(args: argparse.Namespace, server: ServerProcess, progress: cli.P
     on_fraction = progress.stage("Joining the swarm", counted=False)
     api = await _imported("swarm.client.api")
     peers = await _addresses(server, args.timeout)
-    swarm: Swarm = await api.connect(peers, args.model, timeout=args.timeout, dtype=args.dtype)
+    swarm: Swarm = await api.connect(
+        peers, args.model, timeout=args.timeout, dtype=args.dtype, remembers=False
+    )
     on_fraction(1.0)
     return swarm
 

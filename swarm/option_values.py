@@ -13,16 +13,21 @@ from typing import Any
 
 PEERS_VARIABLE = "SWARM_INITIAL_PEERS"
 
-ADDRESS_START = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr)/")
+ADDRESS_START = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr)/|swarm1\w{40,}\Z")
+_INVITATION_START = "swarm1"
 _DURATION_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def addresses(text: str) -> tuple[str, ...]:
-    """Peer addresses separated by spaces or commas, each naming the peer it leads to."""
+    """Peer addresses separated by spaces or commas, each naming the peer it leads to; or invitations.
+
+    What an invitation holds is checked where it is used: it is a secret, and not to be repeated in an error.
+    """
     found = tuple(part for part in re.split(r"[\s,]+", text) if part)
     for address in found:
-        if not (ADDRESS_START.match(address) and "/p2p/" in address):
+        is_address = ADDRESS_START.match(address) and "/p2p/" in address
+        if not is_address and not address.startswith(_INVITATION_START):
             raise argparse.ArgumentTypeError(
                 f"'{address}' is not the address of a peer; it looks like /ip4/192.0.2.1/tcp/4001/p2p/PEER"
             )

@@ -100,10 +100,11 @@ def shared_options(
 ) -> None:
     """Add the options that every command takes, behind its own. `timeout` is its own default, in seconds.
 
-    They are read as `args.model`, `.initial_peers` (tuple of addresses), `.identity` (Path or None),
-    `.json`, `.timeout` (seconds) and `.verbose`. A command that `joins` no swarm of others has neither
-    initial peers nor an identity; one that is about no model in particular has no `model`, and one that is
-    about all of them unless told otherwise has None for it.
+    They are read as `args.model`, `.initial_peers` (tuple of addresses and invitations), `.swarm_key`,
+    `.identity`, `.allow_peers` and `.block_peers` (Paths or None), `.remembers` (bool), `.json`, `.timeout`
+    (seconds) and `.verbose`. A command that `joins` no swarm of others has none of what is about joining; one
+    that is about no model in particular has no `model`, and one that is about all of them unless told
+    otherwise has None for it.
     """
     swarm = parser.add_argument_group("the swarm")
     if names_model:
@@ -133,13 +134,38 @@ def _joining_options(group: argparse._ArgumentGroup) -> None:
         type=addresses,
         default=(),
         metavar="ADDR",
-        help="one or more addresses to join by, as a server prints them",
+        help="one or more addresses to join by, as a server prints them, or an invitation",
+    )
+    group.add_argument(
+        "--swarm-key",
+        type=file_path,
+        metavar="FILE",
+        help="the key of a private swarm, which an invitation has in it (default: none)",
     )
     group.add_argument(
         "--identity",
         type=file_path,
         metavar="FILE",
         help="this peer's key; made if it does not exist (default: a new one at each start)",
+    )
+    group.add_argument(
+        "--allow-peers",
+        type=file_path,
+        metavar="FILE",
+        help="have to do with these peers alone, one id a line; changes hold within a second (default: all)",
+    )
+    group.add_argument(
+        "--block-peers",
+        type=file_path,
+        metavar="FILE",
+        help="have nothing to do with these peers, one id a line; changes hold within a second"
+        " (default: none)",
+    )
+    group.add_argument(
+        "--no-remembered-peers",
+        dest="remembers",
+        action="store_false",
+        help="neither join by peers that were there before, if the initial peers are gone, nor remember any",
     )
 
 

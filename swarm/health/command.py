@@ -15,7 +15,7 @@ from swarm.health.history import History, default_path
 from swarm.health.watch import Watch
 from swarm.health.web import HealthSite
 from swarm.listening import bind, serving
-from swarm.net.addresses import parse_address
+from swarm.net.entrance import Entrance, entrance_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -27,14 +27,16 @@ async def main(args: argparse.Namespace) -> int:
         InputError: an address, the history, the host or the port cannot be used.
         SwarmError: the swarm cannot be reached, or this peer's network failed.
     """
-    require_peers(args.initial_peers)
+    way_in = await asyncio.to_thread(entrance_of, args)
+    require_peers(way_in)
     async with AsyncExitStack() as stack:
         bound = stack.enter_context(await asyncio.to_thread(bind, args.host, args.port))
-        history = await _history(args)
+        history = await _history(args, way_in)
         if history is not None:
             stack.push_async_callback(history.close)
-        network = await _joined(stack, args)
-        watch = Watch(network, args.initial_peers, history, args.period)
+        network = await _joined(stack, args, way_in)
+        is_private = way_in.door.key is not None
+        watch = Watch(network, way_in.addresses, history, args.period, is_private=is_private)
         site = HealthSite(watch)
         url = await stack.enter_async_context(serving(site.app, bound, site.close))
         stopping = Stopping()
@@ -44,14 +46,14 @@ async def main(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _history(args: argparse.Namespace) -> History | None:
+async def _history(args: argparse.Namespace, way_in: Entrance) -> History | None:
     if args.history == "none":
         return None
-    peers = [parse_address(address).peer for address in args.initial_peers]
-    return await History.open(cli.file_path(args.history) if args.history else default_path(peers))
+    path = cli.file_path(args.history) if args.history else default_path(way_in.swarm)
+    return await History.open(path)
 
 
-async def _joined(stack: AsyncExitStack, args: argparse.Namespace) -> Network:
+async def _joined(stack: AsyncExitStack, args: argparse.Namespace, way_in: Entrance) -> Network:
     """
     Raises:
         SwarmError: the swarm was not reached in time.
@@ -60,7 +62,7 @@ async def _joined(stack: AsyncExitStack, args: argparse.Namespace) -> Network:
         joined = progress.stage("Joining the swarm", counted=False)
         try:
             async with asyncio.timeout(args.timeout):
-                network = await join(stack, args.initial_peers, args.identity)
+                network = await join(stack, way_in, args.identity)
         except TimeoutError as error:
             raise SwarmError(
                 f"The swarm was not reached within {args.timeout:g} seconds.",

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.dht.announcement import Announcement
+from swarm.net.addresses import outward
 from swarm.spans import Span
 
 PerBlock = NDArray[np.float64]
 
 COMING = frozenset(("serving", "joining"))
-LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 LEAST_RATE, MOST_RATE = 1e-6, 1e12
 
 SHOWN_ADDRESSES = 3
@@ -101,10 +101,14 @@ def neediest(servers: Sequence[Announcement], num_blocks: int) -> Span:
     return max(spans, key=lambda span: (span.size, -span.start))
 
 
-def joining_command(model: str, span: Span, addresses: Sequence[str]) -> str:
-    """What a person pastes into a shell to serve `span`. `model` is a stranger's word, and quoted."""
-    public = [address for address in addresses if not address.startswith(LOOPBACK)] or list(addresses)
-    peers = " ".join(map(shlex.quote, public[:SHOWN_ADDRESSES]))
+def joining_command(model: str, span: Span, addresses: Sequence[str], *, is_private: bool = False) -> str:
+    """What a person pastes into a shell to serve `span`. `model` is a stranger's word, and quoted.
+
+    The key of a private swarm is not in it: it is for who has its file.
+    """
+    peers = " ".join(map(shlex.quote, outward(addresses)[:SHOWN_ADDRESSES]))
     name = shlex.quote(model)
     given = f"--model={name}" if model.startswith("-") else f"--model {name}"
-    return f"python -m swarm.server {given} --blocks {span}" + (f" --initial-peers {peers}" if peers else "")
+    key = " --swarm-key FILE" if is_private else ""
+    joining = f" --initial-peers {peers}" if peers else ""
+    return f"python -m swarm.server {given} --blocks {span}{key}{joining}"

@@ -4,15 +4,14 @@ Owns the file, and the thread in which all uses of it run in turn. Knows samples
 """
 
 import asyncio
-import hashlib
-import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
+from swarm.cache import cache_folder
 from swarm.errors import InputError, SwarmError
 from swarm.health.state import Sample
 
@@ -111,11 +110,9 @@ class History:
             ) from error
 
 
-def default_path(peers: Iterable[str]) -> Path:
-    """Where the history of the swarm that is joined through `peers` (peer ids) lies in the user's cache."""
-    folder = os.environ.get("SWARM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "swarm")
-    swarm = hashlib.sha256(" ".join(sorted(set(peers))).encode()).hexdigest()[:16]
-    return Path(folder).expanduser() / "health" / f"{swarm}.sqlite"
+def default_path(swarm: str) -> Path:
+    """Where the history of the swarm of that name lies in the user's cache."""
+    return cache_folder() / "health" / f"{swarm}.sqlite"
 
 
 def _open(path: Path) -> sqlite3.Connection:

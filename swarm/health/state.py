@@ -150,6 +150,7 @@ class Seen:
     reach: Mapping[PeerId, Reach] = field(default_factory=dict)
     history: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
     initial_peers: Sequence[str] = ()
+    is_private: bool = False
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -250,7 +251,9 @@ def _model_view(seen: Seen, model: ModelEntry, servers: Sequence[Announcement], 
         help=Help(
             blocks=wanted,
             copies=int(coverage.copies(coming, model.num_blocks)[wanted.start]),
-            command=coverage.joining_command(model.name or model.model_id, wanted, seen.initial_peers),
+            command=coverage.joining_command(
+                model.name or model.model_id, wanted, seen.initial_peers, is_private=seen.is_private
+            ),
         ),
         history=tuple(seen.history.get(model.model_id, ())),
     )

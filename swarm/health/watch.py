@@ -39,6 +39,8 @@ class Watch:
         initial_peers: Sequence[str] = (),
         history: History | None = None,
         period: float = PERIOD,
+        *,
+        is_private: bool = False,
     ):
         self.peer = network.transport.peer
         self.now = network.store.now
@@ -49,6 +51,7 @@ class Watch:
         self.state = state_of(Seen(self.peer, VERSION, at=self.now()))
         self.version = 0
         self._initial_peers = initial_peers
+        self._is_private = is_private
         self._history = history
         self._points: Mapping[str, Sequence[Sample]] = {}
         self._renewing = asyncio.Lock()
@@ -125,6 +128,7 @@ class Watch:
             reach=self.probes.reaches(),
             history=self._points,
             initial_peers=self._initial_peers,
+            is_private=self._is_private,
             dropped=dict(self.records.dropped),
         )
 

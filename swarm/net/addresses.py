@@ -16,6 +16,7 @@ from swarm.net.transport import PeerId
 MAX_ADDRESSES = 16
 """So many of a peer's announced addresses are tried at most."""
 
+_LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 _MAX_CHARACTERS = 300
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?\.?")
 _EXAMPLE = (
@@ -85,6 +86,12 @@ def parse_listen_address(text: str) -> str:
     if "/p2p" in text or not _is_path(text):
         raise InputError(f"'{text}' is not an address to listen on.", _LISTEN_EXAMPLE)
     return text
+
+
+def outward(addresses: Iterable[str]) -> list[str]:
+    """Those of `addresses` that lead there from other machines too, if any do; else all."""
+    given = list(addresses)
+    return [address for address in given if not address.startswith(_LOOPBACK)] or given
 
 
 def usable_addresses(peer: PeerId, announced: Iterable[str]) -> list[Address]:

@@ -1,6 +1,7 @@
 """`python -m swarm.server`: serve blocks of a model to a swarm."""
 
 import argparse
+import shlex
 import sys
 
 from swarm import cli
@@ -31,15 +32,33 @@ def parser(program: str = PROGRAM) -> cli.Parser:
 
 
 def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
-    return cli.run(_main, parser(program).parse_args(arguments))
+    args = parser(program).parse_args(arguments)
+    return cli.run(_main if args.new_swarm_key is None else _make_key, args)
+
+
+async def _make_key(args: argparse.Namespace) -> int:
+    from swarm.net.swarm_key import SwarmKey
+
+    path = args.new_swarm_key
+    SwarmKey.generate().save_new(path)
+    if args.json:
+        cli.emit({"event": "made", "swarm_key": str(path)})
+    else:
+        print(f"Made the swarm key {path}. Whoever has it is a member: give it only to those, by a safe way.")
+        print(f"  python -m swarm.server --swarm-key {shlex.quote(str(path))}")
+    return 0
 
 
 async def _main(args: argparse.Namespace) -> int:
-    from swarm.server.startup import serve
+    config = config_from(args)
+    if args.no_blocks:
+        from swarm.server.bootstrap import keep_joinable as live
+    else:
+        from swarm.server.startup import serve as live
     from swarm.server.stopping import Stopping
 
     with Stopping(with_stdin=args.exit_with_stdin) as stopping:
-        await serve(config_from(args), stopping, as_json=args.json)
+        await live(config, stopping, as_json=args.json)
     return 0
 
 

@@ -46,7 +46,7 @@ UNWILLING = 300.0
 """Seconds for which a server that did not go is not counted on."""
 
 STAY = 3600.0
-"""Seconds for which a server stays that could not load what it went to, and had let its blocks go for that."""
+"""Seconds for which a server stays that could not load where it went, and had let its blocks go for that."""
 
 
 class Arranging:

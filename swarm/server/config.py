@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.cli import count, duration, number, port, size
+from swarm.cli import count, duration, file_path, number, port, size
 from swarm.errors import InputError
 from swarm.spans import Span
 
@@ -33,6 +33,11 @@ class ServerConfig:
     num_blocks: int | None = None
     initial_peers: tuple[str, ...] = ()
     identity: Path | None = None
+    swarm_key: Path | None = None
+    allow_peers: Path | None = None
+    block_peers: Path | None = None
+    remembers: bool = True
+    shows_invitation: bool = False
     dtype: str = "auto"
     quantize: str = "none"
     device: str = "auto"
@@ -92,6 +97,11 @@ def _what_options(what: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=count,
         help="how many blocks to serve where they are chosen (default: as many as the memory allows)",
+    )
+    what.add_argument(
+        "--no-blocks",
+        action="store_true",
+        help="serve no blocks and load no model: only keep the swarm joinable",
     )
     what.add_argument(
         "--dtype",
@@ -190,6 +200,17 @@ def _where_options(where: argparse._ArgumentGroup) -> None:
         " forwards a port (default: those)",
     )
     where.add_argument(
+        "--new-swarm-key",
+        metavar="FILE",
+        type=file_path,
+        help="only make the key of a private swarm, in a new FILE for --swarm-key, and leave",
+    )
+    where.add_argument(
+        "--print-invitation",
+        action="store_true",
+        help="print an invitation beside the addresses; of a private swarm it has the key in it",
+    )
+    where.add_argument(
         "--public-name",
         metavar="NAME",
         default="",
@@ -212,12 +233,19 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     Raises:
         InputError: an option cannot be used, or two of them contradict each other.
     """
+    if args.no_blocks and args.blocks is not None:
+        raise InputError("--blocks and --no-blocks contradict each other.", "Give one of them.")
     return ServerConfig(
         model=args.model,
         blocks=args.blocks,
         num_blocks=args.num_blocks,
         initial_peers=args.initial_peers,
         identity=args.identity,
+        swarm_key=args.swarm_key,
+        allow_peers=args.allow_peers,
+        block_peers=args.block_peers,
+        remembers=args.remembers,
+        shows_invitation=args.print_invitation,
         dtype=args.dtype,
         quantize=args.quantize,
         device=args.device,

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from swarm.cli import OnProgress, Progress, emit
 from swarm.dht.announcement import PeerState
+from swarm.net.addresses import outward
 from swarm.net.transport import PeerId
+from swarm.server.invite import Invite
 from swarm.spans import Span
-
-LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 
 
 class Events(Protocol):
@@ -43,8 +43,13 @@ class JsonEvents:
     `joining` if it had to let go of the others first.
     """
 
+    def __init__(self, invite: Invite | None = None):
+        self._invite = invite or Invite()
+
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        emit({"event": "listening", "addresses": list(addresses), "peer": peer})
+        shown = self._invite.shown(addresses)
+        invitation = {} if shown is None else {"invitation": shown}
+        emit({"event": "listening", "addresses": list(addresses), "peer": peer, **invitation})
 
     def metrics(self, url: str) -> None:
         emit({"event": "metrics", "url": url})
@@ -60,8 +65,17 @@ class JsonEvents:
 class TextEvents:
     """Lines for people: how others join, then a bar for the loading, then each phase."""
 
-    def __init__(self, model: str, span: Span | None, num_blocks: int, *, is_first: bool):
+    def __init__(
+        self,
+        model: str,
+        span: Span | None,
+        num_blocks: int,
+        *,
+        is_first: bool,
+        invite: Invite | None = None,
+    ):
         """`span` is None where the blocks are still to be chosen."""
+        self._invite = invite or Invite()
         self._model = model
         self._span = span
         self._num_blocks = num_blocks
@@ -73,9 +87,7 @@ class TextEvents:
     def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
         blocks = "blocks" if self._span is None else f"blocks {self._span}"
         _say(f"Peer {peer}, for {blocks} of {self._model}, which has {self._num_blocks}.")
-        _say("Addresses to join by:")
-        for address in addresses:
-            _say(f"  {address}")
+        _say_where(addresses, self._invite)
         if self._is_first and addresses:
             self._say_how_to_join(best_address(addresses))
 
@@ -104,10 +116,35 @@ class TextEvents:
 
     def _say_how_to_join(self, address: str) -> None:
         chosen = "" if self._span is None else f" --blocks {next_span(self._span, self._num_blocks)}"
+        joining = self._invite.options(address)
         _say("This is a new swarm. Add a server to it:")
-        _say(f"  python -m swarm.server --model {self._model}{chosen} --initial-peers {address}")
+        _say(f"  python -m swarm.server --model {self._model}{chosen} {joining}")
         _say("Talk to the model:")
-        _say(f"  python -m swarm.client chat --model {self._model} --initial-peers {address}")
+        _say(f"  python -m swarm.client chat --model {self._model} {joining}")
+
+
+class BootstrapEvents:
+    """What is seen of a peer that serves no blocks: where it listens, and that it left."""
+
+    def __init__(self, invite: Invite, *, as_json: bool):
+        self._invite = invite
+        self._as_json = as_json
+
+    def listening(self, peer: PeerId, addresses: Sequence[str], *, is_first: bool) -> None:
+        if self._as_json:
+            JsonEvents(self._invite).listening(peer, addresses)
+            return
+        _say(f"Peer {peer} keeps the swarm joinable, and serves no blocks. Ctrl-C leaves the swarm.")
+        _say_where(addresses, self._invite)
+        if is_first and addresses:
+            _say("This is a new swarm. Add a server to it:")
+            _say(f"  python -m swarm.server {self._invite.options(best_address(addresses))}")
+
+    def left(self) -> None:
+        if self._as_json:
+            emit({"event": "left"})
+        else:
+            _say(PHASES["left"])
 
 
 PHASES: dict[PeerState, str] = {
@@ -118,13 +155,26 @@ PHASES: dict[PeerState, str] = {
 ASLEEP = "Blocks let go. The next session loads them again."
 
 
+def _say_where(addresses: Sequence[str], invite: Invite) -> None:
+    _say("Addresses to join by:")
+    for address in addresses:
+        _say(f"  {address}")
+    shown = invite.shown(addresses)
+    if shown is not None:
+        _say("Invitation:" if invite.key is None else "Invitation, by which whoever has it is a member:")
+        _say(f"  {shown}")
+    elif invite.key is not None and addresses:
+        _say("This swarm is private. An invitation is made with:")
+        _say(f"  python -m swarm.client invite {invite.options(best_address(addresses))}")
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
 def best_address(addresses: Sequence[str]) -> str:
     """The address to tell others: the first one that leads here from another machine too, if any does."""
-    return next((address for address in addresses if not address.startswith(LOOPBACK)), addresses[0])
+    return outward(addresses)[0]
 
 
 def next_span(span: Span, num_blocks: int) -> Span:

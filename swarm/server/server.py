@@ -13,10 +13,8 @@ from functools import partial
 from swarm.dht.announcement import MAX_ADDRESSES, Announcement, ModelEntry
 from swarm.dht.announcer import PERIOD, Announcer
 from swarm.dht.directory import Directory
-from swarm.dht.store import RecordStore
+from swarm.dht.joining import Network
 from swarm.errors import SwarmError
-from swarm.net.identity import Identity
-from swarm.net.transport import Transport
 from swarm.server.admission import Limits
 from swarm.server.arranging import Arranging
 from swarm.server.cell import ShardCell
@@ -56,15 +54,6 @@ class Shard:
     is_fixed: bool = True
     dtype: str = "auto"
     quantization: str = "none"
-
-
-@dataclass(frozen=True)
-class Network:
-    """This peer's ways to others: who it is, its streams, its records."""
-
-    identity: Identity
-    transport: Transport
-    store: RecordStore
 
 
 class Server:

@@ -8,22 +8,24 @@ import asyncio
 import gc
 import importlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import cache, partial
 from typing import Any
 
 from swarm.blocks.models import Model, resolve
 from swarm.cli import Progress
 from swarm.dht.announcement import ModelEntry
+from swarm.dht.joining import import_network
 from swarm.errors import SwarmError
-from swarm.net.identity import Identity
 from swarm.server.cell import OnProgress
 from swarm.server.config import ServerConfig
+from swarm.server.entering import enter, way_in
 from swarm.server.events import Events, JsonEvents, TextEvents
 from swarm.server.evicting import evict_on_request, evict_when_idle, requests
+from swarm.server.invite import Invite
 from swarm.server.metrics_endpoint import serving
-from swarm.server.server import Network, Server, Shard
+from swarm.server.server import Server, Shard
 from swarm.server.sizing import clearly_fits
 from swarm.server.span_engine import SpanEngine
 from swarm.server.stopping import Stopping, unless
@@ -74,15 +76,15 @@ async def _live(
 
 
 async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) -> Server:
-    identity = await asyncio.to_thread(_identify, config)
+    identity, entrance = await way_in(config)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_import_network(), name="import the network")
+        tasks.create_task(import_network(), name="import the network")
         finding = tasks.create_task(_find_model(config, quiet=as_json), name="find the model")
     model, span = finding.result()
     if span.size < model.num_blocks and config.blocks is None:
         beside = await stack.enter_async_context(asyncio.TaskGroup())
         beside.create_task(asyncio.to_thread(_import_engine), name="import the engine")
-    network = await stack.enter_async_context(_join(config, identity))
+    network = await enter(stack, config, identity, entrance)
     shard = Shard(
         _entry(model),
         model.hidden_size,
@@ -92,11 +94,14 @@ async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) 
         dtype=config.dtype,
         quantization=config.quantize,
     )
-    return Server(shard, network, _events(config, model, as_json=as_json), name=config.public_name)
-
-
-def _identify(config: ServerConfig) -> Identity:
-    return Identity.generate() if config.identity is None else Identity.load_or_create(config.identity)
+    invite = Invite.of(config, entrance)
+    if as_json:
+        events: Events = JsonEvents(invite)
+    else:
+        events = TextEvents(
+            config.model, config.blocks, model.num_blocks, is_first=network.is_new, invite=invite
+        )
+    return Server(shard, network, events, name=config.public_name)
 
 
 async def _find_model(config: ServerConfig, *, quiet: bool) -> tuple[Model, Span]:
@@ -131,37 +136,6 @@ def _bars(progress: Progress) -> Callable[[str, float], None]:
         bars[stage](fraction)
 
     return on_progress
-
-
-async def _import_network() -> tuple[Any, Any]:
-    libp2p = await asyncio.to_thread(importlib.import_module, "swarm.net.libp2p")
-    kademlia = await asyncio.to_thread(importlib.import_module, "swarm.dht.kademlia")
-    return libp2p, kademlia
-
-
-@asynccontextmanager
-async def _join(config: ServerConfig, identity: Identity) -> AsyncIterator[Network]:
-    libp2p, kademlia = await _import_network()
-    async with AsyncExitStack() as stack:
-        try:
-            async with asyncio.timeout(config.timeout):
-                transport = await stack.enter_async_context(
-                    await libp2p.Libp2pTransport.start(
-                        identity,
-                        initial_peers=config.initial_peers,
-                        host_maddrs=config.host_maddrs,
-                        announce_maddrs=config.announce_maddrs,
-                    )
-                )
-                store = await stack.enter_async_context(
-                    await kademlia.KademliaStore.start(transport, config.initial_peers)
-                )
-        except TimeoutError as error:
-            raise SwarmError(
-                f"The swarm was not reached within {config.timeout:g} seconds.",
-                "Check the initial peers, or give more time with --timeout.",
-            ) from error
-        yield Network(identity, transport, store)
 
 
 async def _load(
@@ -247,9 +221,3 @@ def _entry(model: Model) -> ModelEntry:
         num_blocks=model.num_blocks,
         fingerprint=model.fingerprint,
     )
-
-
-def _events(config: ServerConfig, model: Model, *, as_json: bool) -> Events:
-    if as_json:
-        return JsonEvents()
-    return TextEvents(config.model, config.blocks, model.num_blocks, is_first=not config.initial_peers)

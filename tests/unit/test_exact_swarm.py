@@ -14,12 +14,13 @@ from swarm.blocks.models import Model, resolve
 from swarm.client.facade import Swarm
 from swarm.client.options import GenerationOptions
 from swarm.dht.announcement import ModelEntry
+from swarm.dht.joining import Network
 from swarm.dht.memory import MemoryStore
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork
 from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.net.wire import Link
-from swarm.server.server import Network, Server, Shard
+from swarm.server.server import Server, Shard
 from swarm.spans import Span
 from tests.tiny import SPECIAL, greedy_choices
 

@@ -66,11 +66,11 @@ async def test_two_pages_may_share_one(tmp_path: Path) -> None:
 
 def test_each_swarm_has_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SWARM_CACHE", str(tmp_path))
-    assert default_path(["a", "b"]) == default_path(["b", "a", "a"]) != default_path(["a"])
-    assert default_path(["a"]).is_relative_to(tmp_path)
+    assert default_path("a") != default_path("b")
+    assert default_path("a").is_relative_to(tmp_path)
     monkeypatch.delenv("SWARM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert default_path(["a"]).is_relative_to(tmp_path / "cache" / "swarm")
+    assert default_path("a").is_relative_to(tmp_path / "cache" / "swarm")
 
 
 async def refused(path: Path) -> str:

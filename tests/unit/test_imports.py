@@ -34,6 +34,7 @@ LEAVES = {
     "swarm.errors",
     "swarm.spans",
     "swarm.version",
+    "swarm.cache",
     "swarm.cli",
     "swarm.config_text",
     "swarm.configuring",

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from swarm.blocks import conversion
 from swarm.blocks.models import resolve
-from swarm.blocks.sources import ALIASES, cache_folder
+from swarm.blocks.sources import ALIASES
+from swarm.cache import cache_folder
 from swarm.errors import InputError, SwarmError
 from swarm.spans import Span
 from tests.fake_hub import FakeHub, serving

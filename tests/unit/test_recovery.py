@@ -16,13 +16,14 @@ from swarm.client.facade import Swarm
 from swarm.client.options import SessionOptions
 from swarm.client.session import Session
 from swarm.dht.announcement import ModelEntry
+from swarm.dht.joining import Network
 from swarm.dht.memory import MemoryStore
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork
 from swarm.net.transport import TransportError
 from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.net.wire import Link
-from swarm.server.server import Network, Server, Shard
+from swarm.server.server import Server, Shard
 from swarm.spans import Span
 
 LAN = Link(latency=0.02, bandwidth=1e7)
