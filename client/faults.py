@@ -97,5 +97,5 @@ def refusal(hop: Hop, error: Error) -> HopError:
     if error.code == "bad_request":
         return RequestRefused(hop, f"refused the request: {said}")
     if error.code == "not_allowed":
-        return NotAdmittedThere(hop, f"lets only some peers in: {said}")
+        return NotAdmittedThere(hop, f"does not let this client in: {said}")
     return RemoteFault(hop, f"failed: {said}" if said else "failed")

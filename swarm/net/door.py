@@ -75,7 +75,7 @@ class Door:
         if self.key is not None:
             await on_prove(stream, own, self.key)
         if not self.admits(stream.peer):
-            await _turn_away(stream, own)
+            await _turn_away(stream)
             raise NotAdmitted(f"This peer's lists do not admit peer {stream.peer}.")
 
     def watch(self, streams: Collection[Stream]) -> None:
@@ -103,9 +103,9 @@ class Door:
                     stream.close()
 
 
-async def _turn_away(stream: Stream, own: PeerId) -> None:
+async def _turn_away(stream: Stream) -> None:
     """Answer the peer's first message with an error, and let it close the stream."""
-    refusal = messages.Error(code="not_allowed", message=f"Peer {own} does not admit peer {stream.peer}.")
+    refusal = messages.Error(code="not_allowed", message=f"Peer {stream.peer} is not admitted here.")
     try:
         async with asyncio.timeout(TURN_AWAY_TIMEOUT):
             await stream.receive(max_body=0)

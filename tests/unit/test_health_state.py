@@ -139,6 +139,13 @@ def test_addresses_that_lead_here_alone_are_named_only_if_there_are_no_others() 
     assert joining_command("m", Span(0, 1), [local]).endswith(f"--initial-peers {local}")
 
 
+def test_the_command_to_join_a_private_swarm_names_a_key_and_has_none() -> None:
+    command = joining_command("m", Span(0, 1), [ADDRESS], is_private=True)
+    assert (
+        command == f"python -m swarm.server --model m --blocks 0:1 --swarm-key FILE --initial-peers {ADDRESS}"
+    )
+
+
 def test_contributors_are_ranked_by_blocks_times_throughput() -> None:
     state = state_of(
         seen(

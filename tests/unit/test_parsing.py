@@ -12,6 +12,7 @@ from swarm.parsing import settings_of
 
 ONE = "/ip4/192.0.2.1/tcp/4001/p2p/QmOne"
 TWO = "/ip6/::1/tcp/4002/p2p/QmTwo"
+INVITATION = "swarm1" + "2x" * 60
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,7 @@ def test_defaults() -> None:
     assert (args.model, args.initial_peers, args.identity) == ("smollm2-135m", (), None)
     assert (args.json, args.timeout, args.verbose, args.prompt) == (False, 7.0, False, None)
     assert (args.kv_tokens, args.stop, args.push) == (None, [], True)
+    assert (args.swarm_key, args.allow_peers, args.block_peers, args.remembers) == (None, None, None, True)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,30 @@ def test_addresses_come_from_the_environment_unless_given(monkeypatch: pytest.Mo
     monkeypatch.setenv("SWARM_INITIAL_PEERS", f" {ONE}, {TWO}\n")
     assert parse().initial_peers == (ONE, TWO)
     assert parse("--initial-peers", TWO).initial_peers == (TWO,)
+
+
+def test_an_invitation_stands_in_for_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse("--initial-peers", ONE, INVITATION, "swarm1 is a word of my prompt")
+    assert (args.initial_peers, args.prompt) == ((ONE, INVITATION), "swarm1 is a word of my prompt")
+    monkeypatch.setenv("SWARM_INITIAL_PEERS", INVITATION)
+    assert parse("Hi").initial_peers == (INVITATION,)
+
+
+def test_a_damaged_invitation_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--initial-peers", INVITATION + "0").initial_peers == (INVITATION + "0",)
+    assert not capsys.readouterr().err
+
+
+def test_the_swarm_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SWARM_SWARM_KEY", "~/key")
+    assert parse().swarm_key == tmp_path / "key"
+    assert parse("--swarm-key", "other").swarm_key == Path("other")
+
+
+def test_lists_and_memory_are_options() -> None:
+    args = parse("--allow-peers", "a", "--block-peers", "b", "--no-remembered-peers")
+    assert (args.allow_peers, args.block_peers, args.remembers) == (Path("a"), Path("b"), False)
 
 
 def test_options_reach_a_command_behind_a_subparser(config: Path) -> None:

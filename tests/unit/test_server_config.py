@@ -2,15 +2,20 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
 from swarm import cli
 from swarm.dht.announcement import PeerState
 from swarm.errors import InputError
+from swarm.net.identity import Identity
+from swarm.net.invitation import Invitation
+from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import PeerId
 from swarm.server.config import ServerConfig, add_options, config_from
-from swarm.server.events import JsonEvents, TextEvents, best_address, next_span
+from swarm.server.events import BootstrapEvents, JsonEvents, TextEvents, best_address, next_span
+from swarm.server.invite import Invite
 from swarm.spans import Span
 
 LOOPBACK, PUBLIC = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/192.0.2.1/tcp/1/p2p/A"
@@ -109,6 +114,22 @@ def test_gpu_memory_of_a_server_without_a_gpu() -> None:
     with pytest.raises(InputError, match="uses none") as refused:
         config_from(parsed("--max-vram-mb", "100", "--device", "cpu"))
     assert "--memory-limit" in refused.value.hint
+
+
+def test_blocks_beside_none() -> None:
+    with pytest.raises(InputError, match="contradict"):
+        config_from(parsed("--no-blocks", "--blocks", "0:2"))
+
+
+def test_private_swarms_are_options() -> None:
+    config = config_from(parsed())
+    assert (config.swarm_key, config.allow_peers, config.block_peers) == (None, None, None)
+    assert (config.remembers, config.shows_invitation) == (True, False)
+    config = config_from(
+        parsed("--swarm-key", "k", "--block-peers", "b", "--no-remembered-peers", "--print-invitation")
+    )
+    assert (config.swarm_key, config.block_peers) == (Path("k"), Path("b"))
+    assert (config.remembers, config.shows_invitation) == (False, True)
 
 
 def test_a_port_beside_multiaddrs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,3 +233,58 @@ def test_the_first_server_prints_the_commands_to_join_by(
     join = f"python -m swarm.server --model m --blocks 2:6 --initial-peers {PUBLIC}"
     talk = f"python -m swarm.client chat --model m --initial-peers {PUBLIC}"
     assert ((join in said), (talk in said)) == (is_first, is_first)
+
+
+KEY = SwarmKey(b"k" * 32)
+SECRET = KEY.to_bytes().hex()
+PEER = Identity.from_seed("server").peer
+AT_HOME, OUTWARD = f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}", f"/ip4/192.0.2.1/tcp/1/p2p/{PEER}"
+
+
+def test_a_private_swarm_is_joined_by_its_key_file_and_the_key_is_not_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    invite = Invite(KEY, Path("my key"))
+    TextEvents("m", Span(0, 2), 6, is_first=True, invite=invite).listening(PEER, [AT_HOME, OUTWARD])
+    said = capsys.readouterr().out
+    joining = f"--swarm-key 'my key' --initial-peers {OUTWARD}"
+    assert f"python -m swarm.server --model m --blocks 2:6 {joining}" in said
+    assert f"python -m swarm.client chat --model m {joining}" in said
+    assert f"python -m swarm.client invite {joining}" in said
+    JsonEvents(invite).listening(PEER, [AT_HOME])
+    BootstrapEvents(invite, as_json=False).listening(PEER, [AT_HOME], is_first=True)
+    said += capsys.readouterr().out
+    assert "swarm1" not in said
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_an_invitation_is_shown_only_when_asked_for(
+    capsys: pytest.CaptureFixture[str], key: SwarmKey | None
+) -> None:
+    invite = Invite(key, is_shown=True)
+    TextEvents("m", Span(0, 2), 6, is_first=False, invite=invite).listening(PEER, [AT_HOME, OUTWARD])
+    BootstrapEvents(invite, as_json=False).listening(PEER, [AT_HOME, OUTWARD], is_first=False)
+    words = capsys.readouterr().out.split()
+    JsonEvents(invite).listening(PEER, [AT_HOME, OUTWARD])
+    event = json.loads(capsys.readouterr().out)
+    shown = [word for word in words if word.startswith("swarm1")]
+    assert len(shown) == 2
+    for text in (*shown, event["invitation"]):
+        assert Invitation.parse(text) == Invitation((OUTWARD,), key)
+
+
+def test_a_bootstrap_peer_says_where_it_is_and_that_it_left(capsys: pytest.CaptureFixture[str]) -> None:
+    events = BootstrapEvents(Invite(), as_json=True)
+    events.listening(PEER, [AT_HOME], is_first=True)
+    events.left()
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"event": "listening", "addresses": [AT_HOME], "peer": PEER},
+        {"event": "left"},
+    ]
+    events = BootstrapEvents(Invite(), as_json=False)
+    events.listening(PEER, [AT_HOME, OUTWARD], is_first=True)
+    events.left()
+    said = capsys.readouterr().out
+    assert f"python -m swarm.server --initial-peers {OUTWARD}" in said
+    assert said.endswith("Left the swarm.\n")
