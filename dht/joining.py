@@ -69,22 +69,30 @@ async def join(
     remembered = await _remembered(entrance, who)
     if listening is None and not remembered and not entrance.addresses:
         raise _no_peer()
-    if entrance.addresses or not remembered:
-        try:
+    if not remembered:
+        return await _start(stack, entrance, entrance.addresses, who, listening)
+    try:
+        if entrance.addresses:
             return await _start(stack, entrance, entrance.addresses, who, listening)
-        except (PeerUnreachable, StoreUnreachable) as error:
-            if not remembered:
-                raise
-            logger.warning("%s Trying the peers remembered instead.", error.message)
+        silent = _nobody_answers()
+    except (PeerUnreachable, StoreUnreachable) as error:
+        silent = error
     try:
         network = await _start(stack, entrance, (*entrance.addresses, *remembered), who, listening)
     except (PeerUnreachable, StoreUnreachable):
         if entrance.addresses or listening is None:
-            raise
-        logger.warning("None of the peers remembered answers: this peer begins the swarm anew.")
+            raise silent from None
+        logger.warning("%s This peer begins the swarm anew.", silent.message)
         return await _start(stack, entrance, (), who, listening)
-    logger.warning("Joined by peers that were remembered.")
+    logger.warning("Joined by peers that were remembered, since no initial peer answers.")
     return network
+
+
+def _nobody_answers() -> SwarmError:
+    return PeerUnreachable(
+        "Nobody answers at the addresses remembered of this swarm.",
+        "Give the address of a peer that is there: --initial-peers ADDRESS.",
+    )
 
 
 async def _remembered(entrance: Entrance, own: Identity) -> list[str]:

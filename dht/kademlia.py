@@ -216,7 +216,7 @@ class KademliaStore:
                 if error.fault != "expired":
                     self.dropped[error.fault] += 1
                 continue
-            if not self._transport.door.admits(record.peer_id):
+            if record.peer != self._transport.peer and not self._transport.door.admits(record.peer_id):
                 continue
             known = newest.get(record.peer)
             if known is None or known.expires_at < record.expires_at:

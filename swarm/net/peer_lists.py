@@ -48,8 +48,8 @@ class PeerLists:
         Raises:
             InputError: a file cannot be read, or has a line that is no peer id.
         """
-        self._allow = allow and _Listed(allow)
-        self._block = block and _Listed(block)
+        self._allow = _Listed(allow) if allow is not None else None
+        self._block = _Listed(block) if block is not None else None
 
     def admits(self, peer: PeerId) -> bool:
         is_allowed = self._allow is None or peer in self._allow.peers

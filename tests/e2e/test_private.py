@@ -112,11 +112,12 @@ async def test_a_private_swarm_is_its_members_alone(tmp_path: Path, checkpoint: 
         for server in (first, second):
             await server.wait_for("serving", START)
 
-        answered, keyless, wrong = await asyncio.gather(
+        answered, invited, keyless, wrong = await asyncio.gather(
             members.run(
                 "swarm.client", "generate", "hello", *model, "--raw", "--max-new-tokens", "3", "--json",
                 "--initial-peers", invitation,
             ),
+            members.run("swarm.client", "invite", *by_key, *by_address),
             members.run("swarm.client", "peers", *by_address),
             members.run("swarm.client", "peers", *by_address, "--swarm-key", str(tmp_path / "wrong")),
         )  # fmt: skip
@@ -124,6 +125,8 @@ async def test_a_private_swarm_is_its_members_alone(tmp_path: Path, checkpoint: 
         answer = json.loads(answered.out)
         assert len(answer["token_ids"]) == 3
         assert [hop["blocks"] for hop in answer["route"]] == [[0, 3], [3, 6]]
+        assert invited.code == 0, invited.err
+        assert len(Invitation.parse(invited.out.strip()).addresses) == 3, "all who are there"
         assert is_one_refusal(keyless, "This swarm is private"), keyless
         assert is_one_refusal(wrong, "This swarm has another key"), wrong
         for refused in (keyless, wrong):
@@ -138,7 +141,7 @@ async def test_a_private_swarm_is_its_members_alone(tmp_path: Path, checkpoint: 
         await door.wait_ended()
         found = await members.run("swarm.client", "peers", "--json", *by_key, *by_address)
         assert found.code == 0, found.err
-        assert "Joined by peers that were remembered." in found.err
+        assert "Joined by peers that were remembered" in found.err
         assert {tuple(peer["blocks"]) for peer in json.loads(found.out)} == {(0, 3), (3, 6)}
 
     said = members.logs() + "".join(

@@ -69,6 +69,9 @@ async def addresses_of(network: Network) -> list[str]:
     return await network.transport.addresses()
 
 
+JOINED = "Joined by peers that were remembered, since no initial peer answers."
+
+
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name == joining.__name__]
 
@@ -91,10 +94,12 @@ async def test_a_client_finds_back_by_peers_that_it_met_before(caplog: pytest.Lo
                 assert second.transport.peer in {
                     address.rpartition("/")[2] for address in await back.store.neighbours(9)
                 }
-            assert "Joined by peers that were remembered." in warnings(caplog)[-1]
-            with pytest.raises(PeerUnreachable, match="initial peer"):
-                async with joined(entrance(initial, remembers=False)):
-                    pass
+            assert JOINED in warnings(caplog)
+            await second.transport.close()
+            for remembers in (True, False):
+                with pytest.raises(PeerUnreachable, match=f"The initial peer {initial[0]} cannot be reached"):
+                    async with joined(entrance(initial, remembers=remembers)):
+                        pass
 
 
 async def test_a_private_swarm_is_remembered_by_its_key(
@@ -109,7 +114,7 @@ async def test_a_private_swarm_is_remembered_by_its_key(
                 assert client.transport.peer != second.transport.peer
             async with joined(entrance(swarm_key=key), LOOPBACK) as server:
                 assert not server.is_new, "a first server that comes back does not split the swarm"
-    assert warnings(caplog) == ["Joined by peers that were remembered."] * 2
+    assert warnings(caplog) == [JOINED] * 2
     assert memory._path.parent == cache / "peers"
 
 
@@ -120,7 +125,7 @@ async def test_a_swarm_that_has_died_out_begins_anew(key: Path, caplog: pytest.L
     async with joined(way_in, LOOPBACK) as network:
         assert network.is_new
     assert "begins the swarm anew" in warnings(caplog)[-1]
-    with pytest.raises(PeerUnreachable):
+    with pytest.raises(PeerUnreachable, match="Nobody answers at the addresses remembered"):
         async with joined(way_in):
             pass
 

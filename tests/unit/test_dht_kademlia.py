@@ -18,7 +18,7 @@ from swarm.dht import kademlia
 from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, announcement_from, block_key
 from swarm.dht.announcer import Announcer
 from swarm.dht.kademlia import KademliaStore, _BoundedStorage
-from swarm.dht.records import MAX_LIFETIME, SignedRecord, sign
+from swarm.dht.records import MAX_LIFETIME, MAX_RECORD_BYTES, SignedRecord, sign
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError
 from swarm.net.addresses import parse_address
@@ -139,11 +139,14 @@ async def test_nodes_refuse_what_its_peer_did_not_sign(swarm: list[Peer]) -> Non
     assert await stored_by(liar, first, mine, values=[b"\xc1"]) == [False]
     assert await stored_by(liar, first, mine, values=[mine.pack()]) == [False]
     assert await stored_by(liar, first, liar.record("r.0", lifetime=MAX_LIFETIME + 60)) == [False]
-    assert sum(first.store.dropped.values()) == before + 8
+    too_large = msgspec.msgpack.encode(bytes(MAX_RECORD_BYTES + 1))
+    assert await stored_by(liar, first, mine, values=[too_large]) == [False]
+    assert sum(first.store.dropped.values()) == before + 9
+    assert await stored_by(liar, first, liar.record("r.0", lifetime=-1)) == [False], "it has expired"
     assert await stored_by(liar, first, mine) == [True]
 
 
-@pytest.mark.parametrize("lie", ["forged", "hidden", "malformed"])
+@pytest.mark.parametrize("lie", ["forged", "stale", "hidden", "malformed"])
 async def test_a_lying_node_can_neither_forge_nor_hide_for_readers(swarm: list[Peer], lie: str) -> None:
     first, _, liar, client = swarm
     true, key_id = first.record(lie, b"true"), DHTID.generate(source=lie)
@@ -151,6 +154,8 @@ async def test_a_lying_node_can_neither_forge_nor_hide_for_readers(swarm: list[P
     said = liar.record(lie, b"false", 600)
     if lie == "forged":
         said = msgspec.structs.replace(said, peer=first.identity.peer)
+    if lie == "stale":
+        said = first.record(lie, b"what it said before", 30)
     lies = DHTLocalStorage()
     lies.store_subkey(key_id, said.peer, msgspec.msgpack.encode(said.pack()), said.expires_at)
     if lie == "malformed":
@@ -166,7 +171,7 @@ async def test_a_lying_node_can_neither_forge_nor_hide_for_readers(swarm: list[P
         protocol.storage = kept
     assert true in found
     assert [record.peer for record in found if record != true] == (
-        [] if lie == "forged" else [liar.identity.peer]
+        [] if lie in ("forged", "stale") else [liar.identity.peer]
     )
     if lie == "forged":
         assert client.store.dropped["bad_signature"] > 0
