@@ -8,6 +8,8 @@ from typing import get_args
 
 from swarm import cli
 from swarm.client.options import SessionOptions
+from swarm.client.peer_ids import given_peers
+from swarm.errors import InputError
 from swarm.net.forms import Wire
 
 PROGRAM = "python -m swarm.client"
@@ -89,6 +91,8 @@ def parser(program: str = PROGRAM) -> cli.Parser:
             _serve_options(command)
         if name in ("chat", "generate", "serve"):
             _session_options(command)
+        if name in ("chat", "generate", "serve", "route"):
+            _privacy_options(command)
         if name == "route":
             _route_options(command)
         if name == "diagnose":
@@ -276,6 +280,48 @@ def _session_options(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="room for more of it in a temporary file (default: 4GiB)",
     )
+
+
+def _privacy_options(command: argparse.ArgumentParser) -> None:
+    defaults = SessionOptions()
+    add = command.add_argument_group("privacy").add_argument
+    add(
+        "--trust-first-last",
+        type=_peers,
+        metavar="PEERS",
+        help="let these peers alone run the first and the last blocks: ids by commas apart, or a file",
+    )
+    add(
+        "--trust-depth",
+        type=cli.count,
+        default=defaults.trust_depth,
+        metavar="N",
+        help="so many blocks at each end are meant by that (default: %(default)s)",
+    )
+    add(
+        "--max-share",
+        type=_share,
+        default=defaults.max_share,
+        metavar="F",
+        help="let no peer run more than this fraction of all blocks (default: %(default)g)",
+    )
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    try:
+        return given_peers(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{error.message.rstrip('.')}: {error.hint}") from error
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction above 0 and at most 1, such as 0.5")
+    return share
 
 
 def _route_options(command: argparse.ArgumentParser) -> None:

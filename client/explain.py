@@ -12,6 +12,7 @@ from typing import Any
 from swarm.client.costs import DEFAULT_DECODE, DEFAULT_RTT, Costs, Demand
 from swarm.client.estimate import Estimate, Share, estimate
 from swarm.client.graph import View
+from swarm.client.privacy import NO_LIMITS, Limits
 from swarm.client.route import Hop, NoRoute, Route, blocks_text, find_route, label
 from swarm.dht.announcement import Announcement
 from swarm.net.transport import PeerId
@@ -23,13 +24,18 @@ NOTABLE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Explanation:
-    """The fastest route, where its time goes, the best one without one of its peers, and advice."""
+    """The fastest route, where its time goes, the best one without one of its peers, and advice.
+
+    It keeps to `limits`, if there are any; `unlimited` is the fastest that does not.
+    """
 
     route: Route
     times: Estimate
     demand: Demand
     runner_up: Route | None
     advice: tuple[str, ...]
+    limits: Limits = NO_LIMITS
+    unlimited: Route | None = None
 
     @property
     def slower(self) -> float:
@@ -55,6 +61,7 @@ class Explanation:
             "new_tokens": self.demand.new_tokens,
             "first_token_ms": _ms(self.times.first_token),
             "runner_up": runner_up,
+            "privacy": None if self.unlimited is None else _privacy_json(self.limits, self.unlimited),
             "advice": list(self.advice),
         }
 
@@ -66,18 +73,26 @@ def explain(
     demand: Demand,
     *,
     model: str = "the model",
+    limits: Limits = NO_LIMITS,
 ) -> Explanation:
     """The fastest route for a session of `demand` through a model of `num_blocks`, and why.
 
     Raises:
-        NoRoute: some blocks have no server with room.
+        NoRoute: some blocks have no server with room, or none that may run them.
     """
     view, span = View.of(announcements), Span(0, num_blocks)
 
-    def find(excluded: Mapping[PeerId, str] = MappingProxyType({})) -> Route:
+    def find(excluded: Mapping[PeerId, str] = MappingProxyType({}), limits: Limits = limits) -> Route:
         tokens = demand.prompt_tokens + demand.new_tokens
         return find_route(
-            view, span, costs=costs, demand=demand, model=model, tokens=tokens, excluded=excluded
+            view,
+            span,
+            costs=costs,
+            demand=demand,
+            model=model,
+            tokens=tokens,
+            excluded=excluded,
+            limits=limits,
         )
 
     def without(peer: PeerId) -> Iterator[Route]:
@@ -96,7 +111,8 @@ def explain(
         *_what_goes_through_the_client(route, costs),
         *_what_is_at_risk(view.servers, num_blocks),
     )
-    return Explanation(route, times, demand, runner_up, advice)
+    unlimited = find(limits=NO_LIMITS) if limits.are_any else None
+    return Explanation(route, times, demand, runner_up, advice, limits, unlimited)
 
 
 def _what_takes_longest(route: Route, times: Estimate) -> Iterator[str]:
@@ -179,6 +195,15 @@ def _hop_json(hop: Hop, share: Share, times: Estimate) -> dict[str, Any]:
         "queue_ms": _ms(share.queue),
         "compute_ms": _ms(share.compute),
         "share": round(share.seconds / times.token, 4),
+    }
+
+
+def _privacy_json(limits: Limits, unlimited: Route) -> dict[str, Any]:
+    return {
+        "trusted_peers": None if limits.trusted is None else len(limits.trusted),
+        "others_may_run": list(limits.inner),
+        "max_blocks": limits.most,
+        "token_ms_without": _ms(unlimited.seconds),
     }
 
 

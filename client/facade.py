@@ -33,6 +33,7 @@ from swarm.client.journal import JournalStore
 from swarm.client.leg import Asked
 from swarm.client.options import GenerationOptions, Options, SessionOptions, generation_options
 from swarm.client.peers import PeerReport
+from swarm.client.privacy import Privacy
 from swarm.client.recovery import Environment
 from swarm.client.route import NoRoute, Route
 from swarm.client.routes import OnWaiting, Routes, ServedModel
@@ -81,14 +82,24 @@ class Swarm:
 
         By `secret`, 64 bytes at most, hops find again what they kept of this client's sequences; without it
         they find only what this object has left.
+
+        Raises:
+            InputError: no peer may run anything of this model, by the share that `sessions` allow.
         """
         self.model = model
         self.directory = Directory(store, transport, model.model_id, model.num_blocks)
         self._transport = transport
         self._ends = ends
         self._drafter = draft_model.drafter if draft_model is not None else prompt_lookup
-        self._routes = Routes(self.directory, transport, model, timeout=timeout, on_waiting=on_waiting)
         sessions = sessions or SessionOptions()
+        self._routes = Routes(
+            self.directory,
+            transport,
+            model,
+            timeout=timeout,
+            privacy=Privacy.of(sessions),
+            on_waiting=on_waiting,
+        )
         self._wire = sessions.wire
         self._environment = Environment(
             transport,

@@ -5,13 +5,15 @@ Turns announcements and prices into arrays. Must not know how the cheapest way i
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
 import numpy as np
 
 from swarm.client.costs import HOP_SECONDS, TOKEN_ID_BYTES, Costs, Demand, Prices, Rates, prices, rates
+from swarm.client.privacy import Limits
 from swarm.client.search import Floats, Graph, Indices, Links
+from swarm.client.shares import Quota
 from swarm.dht.announcement import Announcement
 from swarm.net.transport import PeerId
 from swarm.spans import Span
@@ -61,6 +63,22 @@ class View:
             room=np.array(room, dtype=np.int64),
             targets=targets,
             rtts=rtts,
+        )
+
+    def within(self, limits: Limits) -> "View":
+        """The same servers with what of their spans they may run."""
+        if limits.trusted is None:
+            return self
+        others = np.array([peer not in limits.trusted for peer in self.peers], dtype=np.bool_)
+        spans = np.where(others[:, None], np.clip(self.spans, *limits.inner), self.spans)
+        return replace(self, spans=spans)
+
+    def quota(self, limits: Limits) -> Quota:
+        """How many blocks each server's peer may run."""
+        left = {peer: limits.left(PeerId(peer)) for peer in self.of_peer}
+        return Quota(
+            owner=np.array([self.of_peer[peer][0] for peer in self.peers], dtype=np.int64),
+            most=np.array([left[peer] for peer in self.peers], dtype=np.int64),
         )
 
     def usable(self, tokens: int, excluded: Collection[PeerId]) -> Indices:

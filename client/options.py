@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
+from swarm.client.peer_ids import check_peers
 from swarm.errors import InputError
 from swarm.net.forms import Wire
 
@@ -155,6 +156,9 @@ class SessionKeywords(TypedDict, total=False):
     wire: Wire
     journal_memory: int
     journal_disk: int
+    trust_first_last: Sequence[str] | None
+    trust_depth: int
+    max_share: float
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,9 @@ class SessionOptions:
     went between servers is kept in `journal_memory` bytes, and `journal_disk` more in a temporary file, for
     all sessions together; what does not fit is computed again where it is needed.
 
+    Where `trust_first_last` names peers, they alone run the first `trust_depth` blocks and as many last ones:
+    near the ends activations tell the text most easily. No peer runs more than `max_share` of all blocks.
+
     Raises:
         InputError: a value is out of its range.
     """
@@ -173,11 +180,19 @@ class SessionOptions:
     wire: Wire = "exact"
     journal_memory: int = 256 * 2**20
     journal_disk: int = 4 * 2**30
+    trust_first_last: Sequence[str] | None = None
+    trust_depth: int = 1
+    max_share: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.wire in get_args(Wire), "wire", self.wire, "exact, half or int8")
         _require(self.journal_memory >= 0, "journal_memory", self.journal_memory, "0 or more")
         _require(self.journal_disk >= 0, "journal_disk", self.journal_disk, "0 or more")
+        if self.trust_first_last is not None:
+            _require(bool(self.trust_first_last), "trust_first_last", "empty", "with at least one peer")
+            check_peers(self.trust_first_last)
+        _require(self.trust_depth >= 1, "trust_depth", self.trust_depth, "of 1 or more")
+        _require(0 < self.max_share <= 1, "max_share", self.max_share, "above 0 and at most 1")
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

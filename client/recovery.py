@@ -7,7 +7,7 @@ is then done is the relay's business.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias
@@ -56,7 +56,7 @@ class Router(Protocol):
     def judge_opening(self, fault: HopError) -> None: ...
 
     async def detour(
-        self, span: Span, tokens: int, *, like: Announcement, timeout: float
+        self, span: Span, tokens: int, *, like: Announcement, timeout: float, beside: Iterable[Hop]
     ) -> tuple[Hop, ...]: ...
 
     def may_push(self, source: PeerId, target: PeerId) -> bool: ...
@@ -194,10 +194,18 @@ class Recovery:
         logger.info("blocks %s are lost to a session: %s", span, fault)
         self.changes.lost([leg.hop for leg in gone], fault.reason)
         hops = await self._router.detour(
-            span, asked.max_tokens, like=gone[0].hop.announcement, timeout=max(timeout, 0.0)
+            span,
+            asked.max_tokens,
+            like=gone[0].hop.announcement,
+            timeout=max(timeout, 0.0),
+            beside=self._beside(gone),
         )
         self._replace(first, end, await self._opened(first, hops, asked))
         self.changes.taken(hops)
+
+    def _beside(self, gone: Sequence[Leg]) -> list[Hop]:
+        """The hops that stay where these legs go; one that is lost as well counts until it is replaced."""
+        return [leg.hop for leg in self._relay.legs if leg not in gone]
 
     async def _opened(
         self, first: int, hops: Sequence[Hop], asked: Asked, *, empty: bool = False
@@ -228,7 +236,11 @@ class Recovery:
     async def _move(self, leg: Leg, asked: Asked) -> None:
         hop = leg.hop
         hops = await self._router.detour(
-            hop.span, asked.max_tokens, like=hop.announcement, timeout=MOVE_PATIENCE
+            hop.span,
+            asked.max_tokens,
+            like=hop.announcement,
+            timeout=MOVE_PATIENCE,
+            beside=self._beside([leg]),
         )
         at = self._relay.legs.index(leg)
         try:

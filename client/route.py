@@ -7,6 +7,7 @@ missing where there is none. Pure functions over announcements: nothing here kno
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -14,12 +15,28 @@ import numpy as np
 from swarm.client.costs import ONE_TOKEN, Costs, Demand
 from swarm.client.estimate import estimate
 from swarm.client.graph import View, graph_of
-from swarm.client.search import Indices, cheapest
+from swarm.client.privacy import NO_LIMITS, Limits
+from swarm.client.search import Indices, Visit, cheapest
+from swarm.client.shares import cheapest_within, unplaced
 from swarm.client.text import printable
 from swarm.dht.announcement import Announcement
 from swarm.errors import SwarmError
 from swarm.net.transport import PeerId
 from swarm.spans import Span
+
+Lack: TypeAlias = Literal["server", "trusted server", "share"]
+"""What some blocks lack: anybody, anybody trusted, or anybody who may run that many."""
+
+LACKS: dict[Lack, str] = {
+    "server": "No server serves {blocks} of {model}",
+    "trusted server": "No trusted server serves {blocks} of {model}, which others may not run",
+    "share": "Nobody is left for {blocks} of {model}, since no peer may run so large a share of it",
+}
+HINTS: dict[Lack, str] = {
+    "server": "Start one: {start}.",
+    "trusted server": "Trust more peers, or start a server of your own: {start}.",
+    "share": "Allow a larger share, or start another server: {start}.",
+}
 
 
 @dataclass(frozen=True)
@@ -81,27 +98,36 @@ def find_route(
     tokens: int = 0,
     excluded: Mapping[PeerId, str] = MappingProxyType({}),
     woken: Collection[PeerId] = (),
+    limits: Limits = NO_LIMITS,
 ) -> Route:
     """The fastest route through the blocks of `span` for a session of at most `tokens` tokens.
 
     Fastest is what takes the least time for the whole of `demand`. Only serving peers with room for the
     session are used, and none of `excluded`, whose values say why ("has no room"). Equal costs are decided
     by the number of hops, then by the order of peer ids. `woken` have been asked to load their blocks, and
-    may not have announced yet that they do.
+    may not have announced yet that they do. Nobody runs more than `limits` allow.
 
     Raises:
         NoRoute: some blocks have no such peer; says which, who is still loading them, and whom to wake.
     """
-    view = announcements if isinstance(announcements, View) else View.of(announcements)
+    view = (announcements if isinstance(announcements, View) else View.of(announcements)).within(limits)
     usable = view.usable(tokens, excluded)
     if view.covers(usable, span):
-        return _cheapest(view, usable, span, costs, demand)
+        route = _cheapest(view, usable, span, costs, demand, limits)
+        if route is not None:
+            return route
     held = [view.servers[index] for index in usable]
-    to_wake = _to_wake(view.servers, held, span, costs, excluded, woken)
-    raise _no_route(view.servers, missing_spans(held, span), model, tokens, excluded, to_wake)
+    to_wake = _to_wake(view.servers, held, span, costs, excluded, woken, limits)
+    if missing := missing_spans(held, span):
+        raise _no_route(view.servers, missing, model, tokens, excluded, to_wake)
+    allowed = limits.within(view.servers)
+    if missing := missing_spans(limits.within(held), span):
+        raise _no_route(allowed, missing, model, tokens, excluded, to_wake, lack="trusted server")
+    missing = _unplaced(view, usable, span, costs, limits)
+    raise _no_route(allowed, missing, model, tokens, excluded, to_wake, lack="share")
 
 
-def missing_spans(servers: Sequence[Announcement], span: Span) -> list[Span]:
+def missing_spans(servers: Sequence[Announcement | Span], span: Span) -> list[Span]:
     """The parts of `span` that none of `servers` covers."""
     missing, reached = [], span.start
     held = sorted((server.start, server.end) for server in servers)
@@ -112,13 +138,30 @@ def missing_spans(servers: Sequence[Announcement], span: Span) -> list[Span]:
     return missing
 
 
-def _cheapest(view: View, usable: Indices, span: Span, costs: Costs, demand: Demand) -> Route:
+def _cheapest(
+    view: View, usable: Indices, span: Span, costs: Costs, demand: Demand, limits: Limits
+) -> Route | None:
+    """The fastest route through servers that hold all blocks; None where `limits` allow none."""
+    graph = graph_of(view, usable, span, costs, demand)
+    visits: list[Visit] | None = cheapest(graph)
+    if limits.most is not None:
+        visits = cheapest_within(graph, view.quota(limits))
+    if visits is None:
+        return None
     hops = []
-    for index, start, end in cheapest(graph_of(view, usable, span, costs, demand)):
+    for index, start, end in visits:
         server = view.servers[index]
         hops.append(Hop(server.peer_id, Span(span.start + start, span.start + end), server))
     times = estimate([(hop.announcement, hop.span) for hop in hops], costs, demand)
     return Route(tuple(hops), times.token)
+
+
+def _unplaced(view: View, usable: Indices, span: Span, costs: Costs, limits: Limits) -> list[Span]:
+    """Parts of `span` for which nobody is left, since those that hold them may run no more blocks."""
+    graph = graph_of(view, usable, span, costs, ONE_TOKEN)
+    left = [span.start + block for block in unplaced(graph, view.quota(limits))]
+    held = sorted(set(span.blocks) - set(left))
+    return missing_spans([Span(block, block + 1) for block in held], span)
 
 
 def _to_wake(
@@ -128,6 +171,7 @@ def _to_wake(
     costs: Costs,
     excluded: Mapping[PeerId, str],
     woken: Collection[PeerId],
+    limits: Limits,
 ) -> list[Announcement]:
     """Who sleeps on the fastest way through all that serve, load or sleep; nobody where there is no way."""
     joining = [server for server in announcements if server.state == "joining"]
@@ -140,11 +184,11 @@ def _to_wake(
         ),
     ]
     candidates = [*usable, *coming]
-    if missing_spans(candidates, span):
+    if missing_spans(limits.within(candidates), span):
         return []
-    view = View.of(candidates)
-    hops = _cheapest(view, np.arange(len(view.servers)), span, costs, ONE_TOKEN).hops
-    return [hop.announcement for hop in hops if hop.announcement.asleep]
+    view = View.of(candidates).within(limits)
+    route = _cheapest(view, np.arange(len(view.servers)), span, costs, ONE_TOKEN, limits)
+    return [hop.announcement for hop in route.hops if hop.announcement.asleep] if route else []
 
 
 def label(server: Announcement) -> str:
@@ -164,6 +208,7 @@ def _no_route(
     tokens: int,
     excluded: Mapping[PeerId, str],
     to_wake: Sequence[Announcement],
+    lack: Lack = "server",
 ) -> NoRoute:
     concerned = [
         server
@@ -181,13 +226,15 @@ def _no_route(
         *(f"{label(s)} has room for {s.kv_tokens_left} tokens where {tokens} are needed" for s in full),
         *(f"{label(s)} {excluded[s.peer_id]}" for s in failed if s not in full),
     ]
-    message = f"No server serves {blocks} of {model}" + (f": {'; '.join(reasons)}." if reasons else ".")
+    message = LACKS[lack].format(blocks=blocks, model=model)
+    message += f": {'; '.join(reasons)}." if reasons else "."
     if loading or asleep or failed:
         hint = "Wait a little and try again."
     elif full:
         hint = "Ask for fewer tokens, or wait until another session ends."
     else:
-        hint = f"Start one: python -m swarm.server --model {model} --blocks {missing[0]}."
+        start = f"python -m swarm.server --model {model} --blocks {missing[0]}"
+        hint = HINTS[lack].format(start=start)
     held = {block for server in concerned if server.state == "serving" for block in server.span.blocks}
-    is_full = all(held.issuperset(span.blocks) for span in missing)
+    is_full = lack != "share" and all(held.issuperset(span.blocks) for span in missing)
     return NoRoute(message, hint, missing, loading, to_wake, is_full=is_full)

@@ -17,7 +17,9 @@ from swarm.client.costs import Costs, Demand
 from swarm.client.estimate import Share
 from swarm.client.explain import Explanation, explain
 from swarm.client.joining import join
+from swarm.client.options import SessionOptions
 from swarm.client.peers import find_model
+from swarm.client.privacy import NO_PRIVACY, Privacy
 from swarm.client.route import Hop, NoRoute, Route, label
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.directory import list_models, list_peers
@@ -41,6 +43,11 @@ STRAIGHT = "↳"
 
 async def main(args: argparse.Namespace) -> int:
     demand = Demand(args.prompt_tokens, args.new_tokens)
+    privacy = Privacy.of(
+        SessionOptions(
+            trust_first_last=args.trust_first_last, trust_depth=args.trust_depth, max_share=args.max_share
+        )
+    )
     async with AsyncExitStack() as stack:
         with cli.Progress(quiet=args.json) as progress:
             joined = progress.stage("Joining the swarm", counted=False)
@@ -48,7 +55,7 @@ async def main(args: argparse.Namespace) -> int:
             entry = find_model(await list_models(network.store), args.model)
             joined(1.0)
             measured = progress.stage("Measuring distances", counted=False)
-            explanation = await look(network.transport, network.store, entry, demand, args.timeout)
+            explanation = await look(network.transport, network.store, entry, demand, args.timeout, privacy)
             measured(1.0)
         if args.json:
             cli.emit({"model": entry.name, **explanation.as_json()})
@@ -58,16 +65,23 @@ async def main(args: argparse.Namespace) -> int:
 
 
 async def look(
-    transport: Transport, store: RecordStore, entry: ModelEntry, demand: Demand, timeout: float
+    transport: Transport,
+    store: RecordStore,
+    entry: ModelEntry,
+    demand: Demand,
+    timeout: float,
+    privacy: Privacy = NO_PRIVACY,
 ) -> Explanation:
     """What is announced of a model and how far its servers are, explained; nobody is woken for it.
 
     Servers that still load are waited for, up to `timeout` seconds.
 
     Raises:
-        NoRoute: some blocks have no server with room.
+        InputError: with such `privacy` no peer may run anything of the model.
+        NoRoute: some blocks have no server with room, or none that may run them.
         StoreUnreachable: the records could not be read.
     """
+    limits = privacy.limits(entry.num_blocks)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     round_trips = RoundTrips(transport)
@@ -78,7 +92,7 @@ async def look(
                 await round_trips.measure({server.peer_id: server.addresses for server in servers})
             try:
                 costs = Costs(rtt=round_trips.rtt)
-                return explain(servers, entry.num_blocks, costs, demand, model=entry.name)
+                return explain(servers, entry.num_blocks, costs, demand, model=entry.name, limits=limits)
             except NoRoute as reason:
                 if not reason.loading or loop.time() + PAUSE > deadline:
                     raise
@@ -131,7 +145,25 @@ def _summary(explanation: Explanation) -> list[str]:
         f"A token takes {_ms(times.token)} ms, which makes {1 / times.token:.1f} tokens/s.",
         f"The first one comes {times.first_token:.2f} s after a prompt of {demand.prompt_tokens} tokens.",
         _runner_up(explanation.runner_up, explanation.slower),
+        *_privacy(explanation),
     ]
+
+
+def _privacy(explanation: Explanation) -> list[str]:
+    """What the route keeps to, and what that costs."""
+    limits, unlimited = explanation.limits, explanation.unlimited
+    if unlimited is None:
+        return []
+    rules = []
+    if limits.trusted is not None:
+        rules.append(f"only the {len(limits.trusted)} peers you trust run blocks outside {limits.inner}")
+    if limits.most is not None:
+        rules.append(f"no peer runs more than {limits.most} blocks")
+    if unlimited == explanation.route:
+        cost = "the fastest route does so anyway"
+    else:
+        cost = f"without that a token would take {_ms(unlimited.seconds)} ms: {unlimited}"
+    return [f"As you want it, {' and '.join(rules)}; {cost}."]
 
 
 def _runner_up(route: Route | None, slower: float) -> str:

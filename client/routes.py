@@ -5,7 +5,7 @@ learned of peers stands in `experience`. Must not know of sessions or of what tr
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from swarm.client.concurrently import concurrently
@@ -14,6 +14,7 @@ from swarm.client.estimate import estimate
 from swarm.client.experience import Experience
 from swarm.client.faults import HopError, NoCapacity, RemoteFault, RequestRefused
 from swarm.client.graph import View
+from swarm.client.privacy import NO_PRIVACY, Limits, Privacy
 from swarm.client.route import Hop, NoRoute, Route, find_route
 from swarm.client.waking import wake
 from swarm.dht.announcement import Announcement
@@ -74,14 +75,20 @@ class Routes:
         model: ServedModel,
         *,
         timeout: float,
+        privacy: Privacy = NO_PRIVACY,
         on_waiting: OnWaiting = lambda reason: None,
     ):
+        """
+        Raises:
+            InputError: with such `privacy` no peer may run anything of this model.
+        """
         self.timeout = timeout
         self.failure: TransportError | None = None
         """Why this client's own network has failed; None while it has not."""
         self._directory = directory
         self._transport = transport
         self._model = model
+        self._limits = privacy.limits(model.num_blocks)
         self._on_waiting = on_waiting
         self._experience = Experience()
         self._viewed: list[Announcement] = []
@@ -95,7 +102,7 @@ class Routes:
         Raises:
             NoRoute: some blocks have no server with room.
         """
-        return self._find(span or self._whole, tokens, demand, self.costs())
+        return self._find(span or self._whole, tokens, demand, self.costs(), self._limits)
 
     async def wait(self, tokens: int = 1, demand: Demand = ONE_TOKEN) -> Route:
         """`find`, waited for up to `timeout` seconds.
@@ -112,19 +119,29 @@ class Routes:
         return find()
 
     async def detour(
-        self, span: Span, tokens: int, *, like: Announcement, timeout: float, demand: Demand = ONE_TOKEN
+        self,
+        span: Span,
+        tokens: int,
+        *,
+        like: Announcement,
+        timeout: float,
+        beside: Iterable[Hop] = (),
+        demand: Demand = ONE_TOKEN,
     ) -> tuple[Hop, ...]:
         """The fastest hops through the blocks of `span` alone, waited for up to `timeout` seconds.
 
         They compute in the dtype and quantization of `like` if such are to be had that have not failed. A
-        suspect that is the only one is given a rest, the longer the more often it has failed.
+        suspect that is the only one is given a rest, the longer the more often it has failed. The session's
+        other blocks are run by the hops `beside`.
 
         Raises:
             NoRoute: none came up.
         """
 
+        limits = self._limits.beside((hop.peer, hop.span) for hop in beside)
+
         def find() -> Route:
-            return self._find(span, tokens, demand, self.costs(like))
+            return self._find(span, tokens, demand, self.costs(like), limits)
 
         return (await self._until_found(find, timeout)).hops
 
@@ -140,7 +157,8 @@ class Routes:
             return None
         costs = self.costs()
         try:
-            other = self._find(self._whole, demand.prompt_tokens + demand.new_tokens, demand, costs)
+            tokens = demand.prompt_tokens + demand.new_tokens
+            other = self._find(self._whole, tokens, demand, costs, self._limits)
         except NoRoute:
             return None
         here, there = estimate(present, costs, demand), estimate(other.visits, costs, demand)
@@ -278,7 +296,14 @@ class Routes:
     def _whole(self) -> Span:
         return Span(0, self._model.num_blocks)
 
-    def _find(self, span: Span, tokens: int, demand: Demand, costs: Costs) -> Route:
+    def _find(
+        self,
+        span: Span,
+        tokens: int,
+        demand: Demand,
+        costs: Costs,
+        limits: Limits,
+    ) -> Route:
         announcements = self._directory.announcements
         if announcements != self._viewed:
             self._viewed, self._view = announcements, View.of(announcements)
@@ -292,6 +317,7 @@ class Routes:
             tokens=tokens,
             excluded={peer: one.reason for peer, one in avoided.items()},
             woken=[peer for peer, one in avoided.items() if one.said is not None],
+            limits=limits,
         )
 
     def _as_announced(self, route: Route) -> list[tuple[Announcement, Span]] | None:

@@ -64,7 +64,7 @@ def cheapest(graph: Graph) -> list[Visit]:
 
     Where two ways cost the same, the one with fewer visits is taken, then servers of lower indices.
     """
-    return _Relaxation(graph).run()
+    return Relaxation(graph).run()
 
 
 class _Reached(NamedTuple):
@@ -74,7 +74,7 @@ class _Reached(NamedTuple):
     before: Indices
 
 
-class _Relaxation:
+class Relaxation:
     """The costs and visits with which each server and the client reach the present boundary."""
 
     def __init__(self, graph: Graph):
@@ -104,7 +104,7 @@ class _Relaxation:
         counts = np.full(len(holders), visits + 1)
         before = np.full(len(holders), CLIENT)
         if block and self._shortcuts is not None:
-            self._shortcut(self._shortcuts, holders, costs, counts, before)
+            self._shortcut(self._shortcuts, holders, costs, counts, before, cost)
         costs += graph.enter[holders]
         stay, stay_counts = self._cost[holders], self._visits[holders]
         stays = (stay < costs) | ((stay == costs) & (stay_counts < counts))
@@ -115,10 +115,19 @@ class _Relaxation:
         self._active = holders
 
     def _shortcut(
-        self, links: "_Shortcuts", holders: Indices, costs: Floats, counts: Indices, before: Indices
+        self,
+        links: "_Shortcuts",
+        holders: Indices,
+        costs: Floats,
+        counts: Indices,
+        before: Indices,
+        client: float,
     ) -> None:
-        """Lower what it takes `holders` to take over, where a server reaches them cheaper than the client."""
-        sources, targets, offered = links.offers(self._active, self._cost, self._client[0], holders)
+        """Lower what it takes `holders` to take over, where a server reaches them cheaper than the client.
+
+        That has come for `client` at most.
+        """
+        sources, targets, offered = links.offers(self._active, self._cost, client, holders)
         at = np.searchsorted(holders, targets)
         visits = self._visits[sources] + 1
         wins = np.flatnonzero((offered < costs[at]) | ((offered == costs[at]) & (visits < counts[at])))

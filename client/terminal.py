@@ -47,6 +47,9 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
             wire=args.wire,
             journal_memory=args.journal_memory,
             journal_disk=args.journal_disk,
+            trust_first_last=args.trust_first_last,
+            trust_depth=args.trust_depth,
+            max_share=args.max_share,
         )
     async with swarm:
         yield swarm
