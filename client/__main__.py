@@ -289,7 +289,8 @@ def _privacy_options(command: argparse.ArgumentParser) -> None:
         "--trust-first-last",
         type=_peers,
         metavar="PEERS",
-        help="let these peers alone run the first and the last blocks: ids by commas apart, or a file",
+        help="let these peers alone run the first and the last blocks: ids by commas apart, or a file"
+        " (default: any)",
     )
     add(
         "--trust-depth",

@@ -203,7 +203,7 @@ def _where_options(where: argparse._ArgumentGroup) -> None:
         "--new-swarm-key",
         metavar="FILE",
         type=file_path,
-        help="only make the key of a private swarm, in a new FILE for --swarm-key, and leave",
+        help="only make the key of a private swarm, in a new FILE for --swarm-key (default: none)",
     )
     where.add_argument(
         "--print-invitation",

@@ -104,6 +104,8 @@ def in_words(kind: inspect.Type) -> str:
             return f"map to {kind.max_length}: {in_words(kind.key_type)} to {in_words(kind.value_type)}"
         case inspect.UnionType(types=(one, inspect.NoneType())):
             return f"{in_words(one)}, or nil"
+        case inspect.TupleType(item_types=(one, other)) if one == other:
+            return f"pair of {in_words(one)}"
         case inspect.StructType():
             return kind.cls.__name__.lower()
     raise AssertionError(f"the page has no words for {kind}")

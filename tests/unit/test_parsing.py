@@ -240,6 +240,7 @@ def test_settings_are_what_a_command_takes() -> None:
     assert not found.keys() & {"help", "config", "print-config", "prompt"}
     assert {key for key, setting in found.items() if setting.kind == "switch"} == {
         "no-push",
+        "no-remembered-peers",
         "json",
         "verbose",
     }
