@@ -4,8 +4,8 @@
 
 Nothing is served: servers are announcements. "Known" is a search among announcements that were searched
 before, as a client does it between two readings of the DHT; "new" is the first one after a reading; "shared"
-is "known" where no peer may run as many blocks as one does on the fastest route. All are measured in wall time
-and in processor time, which other processes on the machine disturb less.
+is "known" where no peer may run as many blocks as one does on the fastest route. All are measured in wall
+time and in processor time, which other processes on the machine disturb less.
 """
 
 import os

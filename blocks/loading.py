@@ -122,11 +122,7 @@ def blocks_that_fit(model: Model, config: EngineConfig) -> int:
         InputError: the config, the dtype, the device or a limit cannot be used, or not one block fits.
     """
     device, architecture = choose_device(config.device), load_config(str(model.path))
-    try:
-        stored = stored_dtype(model.checkpoint, Span(0, 1))
-    except SwarmError:  # its files are not here yet
-        stored = architecture.dtype or torch.bfloat16
-    precision = choose_precision(config.dtype, device, stored, config.quantize)
+    precision = choose_precision(config.dtype, device, _dtype_at_hand(model, architecture), config.quantize)
     return most_blocks(
         model,
         precision,
@@ -138,6 +134,15 @@ def blocks_that_fit(model: Model, config: EngineConfig) -> int:
         max_rows=MAX_ROWS,
         head_bytes=_head_bytes(architecture, precision),
     )
+
+
+def _dtype_at_hand(model: Model, architecture: Any) -> torch.dtype:
+    """That of the model's weights, as its config has it where its files are not here yet."""
+    try:
+        return stored_dtype(model.checkpoint, Span(0, 1))
+    except SwarmError:
+        named = architecture.dtype
+        return named if isinstance(named, torch.dtype) else torch.bfloat16
 
 
 def _head_bytes(architecture: Any, precision: Precision) -> int:

@@ -21,11 +21,14 @@ from swarm.client.diagnose.finding import Finding, Level
 from swarm.client.diagnose.findings import findings
 from swarm.client.diagnose.probing import Probe, own_addresses
 from swarm.client.diagnose.seen import Seen
-from swarm.client.joining import require_peers
 from swarm.dht.store import RecordStore
 from swarm.errors import InputError
 from swarm.net.addresses import endpoint_of
+from swarm.net.door import Door
 from swarm.net.identity import Identity
+from swarm.net.invitation import expand
+from swarm.net.peer_lists import PeerLists
+from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import TransportError
 
 LISTEN = "/ip4/0.0.0.0/tcp/{}"
@@ -36,13 +39,13 @@ async def main(args: argparse.Namespace) -> int:
     """Print findings; exit code 1 if one of them is a problem.
 
     Raises:
-        InputError: there is no peer to join by, or the identity's file cannot be used.
+        InputError: there is no peer to join by, or a file or an invitation cannot be used.
     """
-    require_peers(args.initial_peers)
+    addresses, door = await asyncio.to_thread(_way_in, args)
     identity = await asyncio.to_thread(_identity, args)
     with cli.Progress(quiet=args.json) as progress:
         looked = progress.stage("Looking at the swarm and the way to it", counted=False)
-        seen = await look(identity, args)
+        seen = await look(identity, args, addresses, door)
         looked(1.0)
     found = findings(seen)
     if args.json:
@@ -55,13 +58,13 @@ async def main(args: argparse.Namespace) -> int:
     return int(any(one.level == "problem" for one in found))
 
 
-async def look(identity: Identity, args: argparse.Namespace) -> Seen:
-    """All that can be seen within `args.timeout` seconds."""
+async def look(identity: Identity, args: argparse.Namespace, addresses: Sequence[str], door: Door) -> Seen:
+    """All that can be seen of a swarm joined by `addresses` through `door`, within `args.timeout` seconds."""
     seen = Seen(local=await asyncio.to_thread(own_addresses), unfinished="starting this peer's network")
     seen.is_port_asked = bool(args.port)
     try:
         async with asyncio.timeout(args.timeout), AsyncExitStack() as stack:
-            await _look(seen, identity, args, stack)
+            await _look(seen, identity, args, addresses, door, stack)
     except TimeoutError:
         pass
     except TransportError as error:
@@ -69,9 +72,16 @@ async def look(identity: Identity, args: argparse.Namespace) -> Seen:
     return seen
 
 
-async def _look(seen: Seen, identity: Identity, args: argparse.Namespace, stack: AsyncExitStack) -> None:
+async def _look(
+    seen: Seen,
+    identity: Identity,
+    args: argparse.Namespace,
+    addresses: Sequence[str],
+    door: Door,
+    stack: AsyncExitStack,
+) -> None:
     libp2p = await _imported("swarm.net.libp2p")
-    transport = await _start(libp2p, identity, args.port or 0)
+    transport = await _start(libp2p, identity, args.port or 0, door)
     stack.push_async_callback(transport.close)
     listening = [endpoint_of(text) for text in await transport.addresses()]
     seen.port = args.port or next((found.port for found in listening if found), None)
@@ -82,19 +92,32 @@ async def _look(seen: Seen, identity: Identity, args: argparse.Namespace, stack:
         stack.push_async_callback(store.close)
         return store
 
-    await Examination(seen, Probe(transport), identity, args.model).run(args.initial_peers, join_records)
+    await Examination(seen, Probe(transport), identity, args.model).run(addresses, join_records)
 
 
-async def _start(libp2p: Any, identity: Identity, port: int) -> Any:
+async def _start(libp2p: Any, identity: Identity, port: int, door: Door) -> Any:
     """A network that listens on `port`, or, where a server of this machine does, on a free one beside it."""
     for number in dict.fromkeys((port, 0)):
         try:
             return await libp2p.Libp2pTransport.start(
-                identity, host_maddrs=(LISTEN.format(number),), routes_for_others=False
+                identity, host_maddrs=(LISTEN.format(number),), routes_for_others=False, door=door
             )
         except InputError as error:
             taken = error
     raise taken
+
+
+def _way_in(args: argparse.Namespace) -> tuple[tuple[str, ...], Door]:
+    """Whom to join by, whether that can be done or not, and the door for all streams."""
+    key = SwarmKey.load(args.swarm_key) if args.swarm_key is not None else None
+    addresses, key = expand(args.initial_peers, key)
+    if not addresses:
+        raise InputError(
+            "There is no peer to join by.",
+            "Give the address that a server prints: --initial-peers ADDRESS, or SWARM_INITIAL_PEERS.",
+        )
+    lists = PeerLists(args.allow_peers, args.block_peers) if args.allow_peers or args.block_peers else None
+    return addresses, Door(key, lists)
 
 
 def _identity(args: argparse.Namespace) -> Identity:

@@ -79,9 +79,8 @@ class Layout:
 
     def without(self, index: int) -> "Layout":
         """The same without one server."""
-        return Layout(
-            self.num_blocks, *(np.delete(part, index) for part in (self.starts, self.ends, self.strengths))
-        )
+        starts, ends = np.delete(self.starts, index), np.delete(self.ends, index)
+        return Layout(self.num_blocks, starts, ends, np.delete(self.strengths, index))
 
     def moved(self, index: int, start: int) -> "Layout":
         """The same with one server moved."""

@@ -82,11 +82,11 @@ def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span
     uncovered = is_hole.sum() - _sums(is_hole, size)
     starts = np.flatnonzero(uncovered == uncovered.min())
     if uncovered.min():
-        costs = [_pieces(is_hole, start, size) for start in starts]
+        costs = [_pieces(is_hole, start, size) for start in starts.tolist()]
     else:
         starts = starts[_is_most(layout.throughputs_with(strength, size, starts), EQUAL)]
         starts = starts[_is_most(_relief(layout.even, strength / size, size)[starts], SIMILAR)]
-        costs = [layout.edges_with(start, size) for start in starts]
+        costs = [layout.edges_with(start, size) for start in starts.tolist()]
     ranked = zip(
         costs, (lot(newcomer.peer, start) for start in starts.tolist()), starts.tolist(), strict=True
     )
@@ -180,7 +180,8 @@ def _seconds(even: Floats) -> Floats:
 def _relief(even: Floats, share: float, size: int) -> Floats:
     """By where one more span of `size` starts, how much less that is in all if it adds `share` to each block:
     most where blocks are thin."""
-    return _sums(_seconds(even) - np.where(even > 0, _seconds(even + share), 0.0), size)
+    saved: Floats = _seconds(even) - np.where(even > 0, _seconds(even + share), 0.0)
+    return np.asarray(_sums(saved, size), np.float64)
 
 
 def _improve(holders: Sequence[Holder], layout: Layout) -> tuple[Move, ...]:
@@ -201,7 +202,7 @@ def _improve(holders: Sequence[Holder], layout: Layout) -> tuple[Move, ...]:
     best = _best(holders, layout, places)
     if best is None or best.carried < now.throughput * (1 + MIN_GAIN):
         return ()
-    return (Move(holders[best.index].peer, best.span, best.carried / now.throughput),)
+    return (Move(holders[best.holder].peer, best.span, best.carried / now.throughput),)
 
 
 def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:
@@ -210,7 +211,7 @@ def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:
     movers = [index for index, one in enumerate(holders) if one.may_fill and one.serves]
     while (layout.held == 0).any():
         best = _best(holders, layout, _fillings(layout, serving, movers))
-        found = (best.index, best.span) if best else _first_of_two(layout, serving, movers)
+        found = (best.holder, best.span) if best else _first_of_two(layout, serving, movers)
         if found is None:
             return
         index, span = found
@@ -223,7 +224,7 @@ def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:
 class _Place(NamedTuple):
     """Somewhere else for a server: what the swarm then carries, and how long tokens take."""
 
-    index: int
+    holder: int
     span: Span
     carried: float
     seconds: float
@@ -231,7 +232,7 @@ class _Place(NamedTuple):
 
 def _best(holders: Sequence[Holder], layout: Layout, places: Sequence[tuple[int, Indices]]) -> _Place | None:
     """The best of some `places`, each a server and the starts that it could move to."""
-    found = []
+    found: list[_Place] = []
     for index, starts in sorted(places, key=lambda place: -layout.strengths[place[0]])[:MOST_MOVERS]:
         rest, size, strength = layout.without(index), holders[index].span.size, float(layout.strengths[index])
         carried = rest.throughputs_with(strength, size, starts)
@@ -248,7 +249,7 @@ def _best(holders: Sequence[Holder], layout: Layout, places: Sequence[tuple[int,
         found,
         key=lambda place: (
             layout.edges_with(place.span.start, place.span.size),
-            lot(holders[place.index].peer, place.span.start),
+            lot(holders[place.holder].peer, place.span.start),
         ),
     )
 

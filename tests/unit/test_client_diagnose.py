@@ -647,7 +647,10 @@ FINE = Finding("clock", "ok", "It is right.")
 def args(**more: Any) -> argparse.Namespace:
     given = {
         "initial_peers": (address_of("a"),),
+        "swarm_key": None,
         "identity": None,
+        "allow_peers": None,
+        "block_peers": None,
         "json": False,
         "timeout": 5.0,
         "port": None,
