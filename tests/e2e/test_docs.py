@@ -25,7 +25,7 @@ QUICK_START = Page(ROOT / "docs" / "quick-start.md")
 OTHERS = [page for page in pages() if page != QUICK_START and any(fence.is_run for fence in page.fences)]
 
 STAYS = re.compile(r"python -m swarm\.(?:server|health|client serve)\b.*\n")
-IS_READY = re.compile(r"^(?:Serving\.|Health page: |\S+ answers at )", re.MULTILINE)
+IS_READY = re.compile(r"^(?:Serving\b|Health page: |\S+ answers at )", re.MULTILINE)
 LOCAL_ADDRESS = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+")
 PORT = re.compile(r"\b(?:8000|8080|9100|31330)\b")
 OWN_PORT = {"swarm.client serve": "8000", "swarm.health": "8080"}
