@@ -113,7 +113,8 @@ async def test_batches_and_sampling_equal_transformers(addresses: list[str], who
                     torch.manual_seed(3)
                     answers.append(one.generate(**batch, **settings))
                 assert answers[0].equal(answers[1]), settings
-            states = whole(**batch, output_hidden_states=True).hidden_states
+            with torch.no_grad():
+                states = whole(**batch, output_hidden_states=True).hidden_states
             found = model.transformer.h[7:22](states[7][2:])
             assert torch.allclose(found, states[22][2:], rtol=1e-3, atol=1e-2)
 
