@@ -48,11 +48,12 @@ class Answering:
     """Answers to requests for `model`, as it is listed.
 
     `max_answers` are written at a time; a chat's answer has `default_tokens` where nothing else is asked for;
-    servers with room are waited for `patience` seconds.
+    servers with room are waited for `patience` seconds. Answers end once `over` is set.
     """
 
     def __init__(self, swarm: Swarm, model: str, *, max_answers: int, default_tokens: int, patience: float):
         self.seats = Seats(max_answers)
+        self.over = asyncio.Event()
         self.context = context_length(swarm.model)
         self._swarm = swarm
         self._model = model
@@ -165,11 +166,11 @@ class Answering:
         One that tells its route begins with that, as soon as there is one.
         """
         if not asked.stream:
-            return JSONResponse(shape.whole(await while_asked(request.receive, _all(choices))))
+            return JSONResponse(shape.whole(await while_asked(request.receive, self.over, _all(choices))))
         events = _chunks(shape, choices)
         resources.push_async_callback(events.aclose)
-        first = await while_asked(request.receive, anext(events))
-        return EventStream(first, events, resources.pop_all())
+        first = await while_asked(request.receive, self.over, anext(events))
+        return EventStream(first, events, self.over, resources.pop_all())
 
 
 async def _all(choices: Sequence[Choice]) -> list[Event]:

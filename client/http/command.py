@@ -35,10 +35,12 @@ async def main(args: argparse.Namespace) -> int:
     if not (options.is_local or options.keys):
         logger.warning("Whoever reaches %s may ask: no --api-key was given.", args.host)
     with closing(await asyncio.to_thread(bind, args.host, args.port)) as bound:
-        async with joined_swarm(args) as swarm, serving(ApiSite(swarm, options).app, bound) as url:
-            with _stopping() as stop:
-                _say(args, swarm.model.name, url)
-                await _until_over(swarm, stop)
+        async with joined_swarm(args) as swarm:
+            site = ApiSite(swarm, options)
+            async with serving(site.app, bound, site.close) as url:
+                with _stopping() as stop:
+                    _say(args, swarm.model.name, url)
+                    await _until_over(swarm, stop)
     return 0
 
 

@@ -52,6 +52,13 @@ class Refusal(Exception):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+class Ending(SwarmError):
+    """The server ends before the answer does."""
+
+    def __init__(self) -> None:
+        super().__init__("This server is ending.", "Ask again in a moment.")
+
+
 def unsupported(param: str, why: str) -> Refusal:
     """A parameter that is known but not to be had, or not with that value."""
     return Refusal(400, f"'{param}' {why}", param=param, code="unsupported_parameter")
@@ -73,6 +80,8 @@ def refusal_of(error: SwarmError) -> Refusal:
             return _full(error, RETRY_AFTER)
         case RequestRefused():
             return Refusal(500, str(error), code="request_refused")
+        case Ending():
+            return Refusal(503, str(error), code="ending", retry_after=RETRY_AFTER)
         case NoRoute():
             return Refusal(503, str(error), code="no_route", retry_after=RETRY_AFTER)
     return Refusal(503, str(error), code="swarm_failed", retry_after=RETRY_AFTER)

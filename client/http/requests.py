@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from swarm.client.http.refusals import Refusal, unsupported, wrong
 from swarm.client.options import MAX_LOGPROBS
 
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
 MAX_DEPTH = 64

@@ -3,6 +3,7 @@
 Knows requests by what `answering` makes of them; how connections are taken is not known here.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from swarm.client.http.requests import ChatRequest, CompletionRequest, read
 from swarm.client.http.streaming import Gone
 from swarm.client.http.translation import served_names
 from swarm.errors import SwarmError
+from swarm.listening import CLOSE_TIMEOUT
 from swarm.page_files import HEADERS, page_file
 
 PAGE = Path(__file__).parent / "page"
@@ -41,6 +43,10 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 NOBODY_WAITS = 499
 """The status of an answer that nobody gets."""
+
+
+GRACE = CLOSE_TIMEOUT / 2
+"""Seconds that answers get when the server ends."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,10 @@ class ApiSite:
     def answers(self) -> int:
         """How many are being written."""
         return self._answering.seats.taken
+
+    def close(self) -> None:
+        """Let answers go on for `GRACE` seconds, and end them then."""
+        asyncio.get_running_loop().call_later(GRACE, self._answering.over.set)
 
     async def _on_healthz(self, request: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -8,13 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import openai
 import pytest
 import pytest_asyncio
 import torch
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.blocks.models import resolve
@@ -29,7 +30,7 @@ NAME = "smollm2-tools"
 FREED_WITHIN = 1.0
 AT_ONCE = 32
 
-SESSIONS = re.compile(r"^swarm_sessions(?:\{.*\})? (\S+)$", re.MULTILINE)
+HELD = re.compile(r'^(?:swarm_sessions(?:\{.*\})?|swarm_kv_pages\{state="used"\}) (\S+)$', re.MULTILINE)
 
 ASKED: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -105,21 +106,23 @@ class Running:
         given = {"model": NAME, "prompt": "The capital of France is", "temperature": 0, **asked}
         return await self.client.completions.create(**given)
 
-    async def sessions(self) -> int:
-        """How many the servers hold."""
+    async def held(self) -> int:
+        """How many sessions, and pages for them, the servers hold."""
         async with httpx2.AsyncClient() as http:
             texts = [(await http.get(url)).text for url in self.metrics]
-        return sum(int(float(count)) for text in texts for count in SESSIONS.findall(text))
+        found = [HELD.findall(text) for text in texts]
+        assert all(len(counts) == 2 for counts in found)
+        return sum(int(float(count)) for counts in found for count in counts)
 
     async def until_free(self) -> float:
-        """Seconds until the servers hold no session."""
+        """Seconds until the servers hold nothing."""
         started = time.monotonic()
-        await self.until(lambda sessions: sessions == 0)
+        await self.until(lambda held: held == 0)
         return time.monotonic() - started
 
     async def until(self, holds: Callable[[int], bool]) -> None:
-        """Wait until that `holds` of the number of sessions."""
-        while not holds(await self.sessions()):  # noqa: ASYNC110
+        """Wait until that `holds` of what the servers hold."""
+        while not holds(await self.held()):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -150,6 +153,7 @@ async def api(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Asy
             yield Running(url, client, metrics)
     finally:
         await stop_all([api, *processes])
+    assert "Traceback" not in api.log.read_text()
 
 
 async def test_an_answer_is_the_models_own(api: Running, local: Local) -> None:
@@ -182,6 +186,24 @@ async def test_what_is_sampled_comes_again_with_its_seed(api: Running) -> None:
     ]
     assert first == second != other
     assert first[0] != first[1]
+
+
+async def test_streams_tell_what_whole_answers_do(api: Running) -> None:
+    asked: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 7, "max_tokens": 12, "stop": ["ing", "."]}
+    answer = await api.chat(**asked, logprobs=True, top_logprobs=2)
+    texts, scores = ["", ""], [[], []]  # type: tuple[list[str], list[list[Any]]]
+    async for chunk in await api.chat(**asked, logprobs=True, top_logprobs=2, stream=True):
+        [choice] = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        scores[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert texts == [choice.message.content for choice in answer.choices]
+    assert scores == [choice.logprobs.content for choice in answer.choices]
+    whole = await api.complete(**asked, logprobs=2, echo=True)
+    tokens: list[list[str]] = [[], []]
+    async for chunk in await api.complete(**asked, logprobs=2, echo=True, stream=True):
+        [choice] = chunk.choices
+        tokens[choice.index] += choice.logprobs.tokens
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
 
 
 async def test_penalties_and_biases(api: Running, local: Local) -> None:
@@ -286,6 +308,26 @@ async def test_tools(api: Running) -> None:
     assert (await api.chat(messages=after, tools=[TOOL])).choices[0].finish_reason
 
 
+class Town(BaseModel):
+    town: Literal["Paris", "Rome"]
+    people: int
+
+
+async def test_what_the_openai_client_makes_of_answers(api: Running) -> None:
+    """Its own readers of streams and of schemas, which hold every chunk to its shape."""
+    asked: dict[str, Any] = {"model": NAME, "messages": ASKED, "temperature": 0, "max_tokens": 60}
+    parsed = await api.client.chat.completions.parse(**asked, response_format=Town)
+    assert isinstance(parsed.choices[0].message.parsed, Town)
+    async with api.client.chat.completions.stream(**asked, response_format=Town) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+    tool = openai.pydantic_function_tool(Town, name="visit")
+    called = await api.client.chat.completions.parse(
+        **asked, tools=[tool], tool_choice="required", parallel_tool_calls=False
+    )
+    assert isinstance(called.choices[0].message.tool_calls[0].function.parsed_arguments, Town)  # type: ignore[index]
+
+
 async def _calls(chunk: Any) -> AsyncIterator[Any]:
     for call in chunk.choices[0].delta.tool_calls or []:
         yield call
@@ -311,7 +353,7 @@ async def test_who_disconnects_frees_the_session(api: Running, stream: bool) -> 
     asking = asyncio.create_task(
         api.chat(stream=stream, max_tokens=2000, extra_body={"ignore_eos": True}), name="ask"
     )
-    await api.until(lambda sessions: sessions > 0)
+    await api.until(lambda held: held > 0)
     if stream:
         answer = await asking
         await anext(aiter(answer))

@@ -541,7 +541,7 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 1.5}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ""}, "stop"),
     ({"stop": [1]}, "stop[0]"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
@@ -806,6 +806,24 @@ async def test_who_leaves_before_the_first_token_frees_the_session() -> None:
         await until(lambda: it.site.answers > 0)
         asking.leave()
         await asyncio.wait_for(running, 1.0)
+        await asyncio.sleep(0.5)
+        assert (it.sessions, it.site.answers) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@in_virtual_time
+async def test_a_server_that_ends_says_so_to_who_waits(stream: bool) -> None:
+    async with api(seconds=0.1) as it:
+        body = {"model": "toy", "messages": HELLO, "stream": stream, "max_tokens": 3000, "ignore_eos": True}
+        asking = Asking(body)
+        running = asyncio.create_task(it.site.app(asking.scope, asking.receive, asking.send))
+        await until(lambda: it.sessions > 0)
+        it.site.close()
+        await asyncio.wait_for(running, 3.0)
+        assert asking.sent[0]["status"] == (200 if stream else 503)
+        told = b"".join(message["body"] for message in asking.sent[1:]).decode().strip().split("\n\n")
+        assert json.loads(told[-1].removeprefix("data: "))["error"]["code"] == "ending"
+        assert not asking.sent[-1].get("more_body")
         await asyncio.sleep(0.5)
         assert (it.sessions, it.site.answers) == (0, 0)
 
