@@ -24,6 +24,7 @@ MAX_SEED = 2**63 - 1
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 SomeText = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**32)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 BY_TOKEN_ID: dict[str, Any] = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
@@ -72,7 +73,7 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None
-    stop: SomeText | Annotated[list[SomeText], Meta(max_length=MAX_STOPS)] = []
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0

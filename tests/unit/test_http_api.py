@@ -542,6 +542,7 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
     ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 1025}, "stop"),
     ({"stop": ""}, "stop"),
     ({"stop": [1]}, "stop[0]"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
