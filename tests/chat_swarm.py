@@ -1,5 +1,6 @@
 """The chat page of a toy swarm whose model answers what its test says, and somebody who reads it."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -121,6 +122,12 @@ class Chat:
     async def titles(self) -> list[str]:
         found: list[str] = await self.page.locator("#conversations .open").all_inner_texts()
         return found
+
+    async def free(self) -> None:
+        """Wait until no answer is written any more, and no server holds a session."""
+        async with asyncio.timeout(5):
+            while self.site.answers or any(self.toy.sessions.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     async def heard(self, text: str) -> None:
         """Wait until screen readers are told this."""

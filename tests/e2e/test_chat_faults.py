@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from swarm.client.http.site import SiteOptions
@@ -81,15 +82,18 @@ async def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Any) -> None:
 
 
 async def test_who_must_wait_is_told_how_long(browser: Any) -> None:
-    async with chat(browser, site=SiteOptions(max_answers=1)) as it:
-        it.site._answering.seats.take(1, "n")
-        await it.send(HELLO)
-        note = it.page.locator(".note.bad")
-        await note.wait_for()
-        assert await note.inner_text() == (
-            "The swarm is busy. 1 answers are being written, of 1 at most. Try again in about 5 seconds."
-        )
-        it.site._answering.seats.leave(1)
+    async with chat(browser, site=SiteOptions(max_answers=1)) as it, httpx2.AsyncClient() as http:
+        it.pace(0.05)
+        asked = {"model": "toy", "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+        async with http.stream("POST", f"{it.url}v1/chat/completions", json=asked):
+            await it.send(HELLO)
+            note = it.page.locator(".note.bad")
+            await note.wait_for()
+            assert await note.inner_text() == (
+                "The swarm is busy. 1 answers are being written, of 1 at most. Try again in about 5 seconds."
+            )
+        it.pace(0.0)
+        await it.free()
         await it.button("Try again").click()
         await it.shown(GREETING).wait_for()
         await it.ended()

@@ -1,6 +1,5 @@
 """The chat page in a browser: conversations, what is kept of them, settings, how it is heard."""
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -64,9 +63,7 @@ async def test_an_answer_is_stopped_and_made_anew(browser: Any) -> None:
         await it.shown("Stopped here.").wait_for()
         stopped = await it.answer.inner_text()
         assert stopped
-        async with asyncio.timeout(5):
-            while it.site.answers or any(it.toy.sessions.values()):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await it.free()
         it.script.answer("u:Go on.\na:", "Another one.")
         await it.button("Regenerate").click()
         await it.shown("Another one.").wait_for()

@@ -15,7 +15,6 @@ const ICONS = {
   new: "M12 5v14M5 12h14",
   pencil: "M4 20l1-4L16 5l3 3L8 19z",
   redo: "M19 5v5h-5M19 10a7.5 7.5 0 1 0 .5 5",
-  route: "M6 18a2 2 0 1 0 0 .01M18 6a2 2 0 1 0 0 .01M8 18h6a3 3 0 0 0 0-6h-4a3 3 0 0 1 0-6h6",
   send: "M12 19V5M6 11l6-6 6 6",
   settings: "M4 8h9M17 8h3M4 16h3M11 16h9M15 8m-2 0a2 2 0 1 0 4 0a2 2 0 1 0-4 0M9 16m-2 0a2 2 0 1 0 4 0a2 2 0 1 0-4 0",
   stop: "M8 8h8v8H8z",

@@ -143,8 +143,9 @@ export class TurnView {
   }
 }
 
-// Fills `place` with buttons; the one in the place of number `focused`, if any, gets the focus.
+// Fills `place` with buttons. If number `focused` of those before had the focus, the one in its place gets it.
 function fill(place, focused, children) {
   place.replaceChildren(...children.filter(Boolean));
-  if (focused >= 0) place.querySelectorAll("button:enabled")[Math.min(focused, place.querySelectorAll("button:enabled").length - 1)]?.focus();
+  const usable = [...place.querySelectorAll("button:enabled")];
+  if (focused >= 0) (usable[focused] ?? usable.at(-1))?.focus();
 }
