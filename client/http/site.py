@@ -44,7 +44,6 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 NOBODY_WAITS = 499
 """The status of an answer that nobody gets."""
 
-
 GRACE = CLOSE_TIMEOUT / 2
 """Seconds that answers get when the server ends."""
 
