@@ -190,7 +190,7 @@ def find_source(name: str, cache: Path, on_progress: OnProgress) -> Source:
     if remote.is_url(name):
         return RemoteFolder.open(name, cache)
     path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~", "\\")) or (name.count("/") > 1 and "@" not in name):
+    if os.path.exists(path) or name.startswith((".", "/", "~", "\\")) or (name.count("/") > 1 and "@" not in name):
         return _local_folder(path, cache)
     if alias := ALIASES.get(name.lower()):
         return _aliased(name.lower(), alias, cache, on_progress)
@@ -204,8 +204,8 @@ def find_source(name: str, cache: Path, on_progress: OnProgress) -> Source:
 
 
 def _local_folder(path: Path, cache: Path) -> LocalFolder:
-    if not path.is_dir():
-        reason = "is a file, not a model's folder" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        reason = "is a file, not a model's folder" if os.path.exists(path) else "does not exist"
         raise InputError(f"{path} {reason}.", "Give a folder that holds config.json and safetensors weights.")
     try:
         _require_config(os.listdir(path), str(path))

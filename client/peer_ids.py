@@ -1,5 +1,6 @@
 """Peer ids as people give them: in a line, or one a line in a file. Light: command lines are read with it."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ def given_peers(text: str) -> tuple[str, ...]:
     if parts and all(map(PEER_ID.fullmatch, parts)):
         return tuple(parts)
     path = Path(text).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         check_peers(parts or [text])
     try:
         with path.open() as file:

@@ -41,7 +41,7 @@ def as_toml(
 
 def _line(setting: Setting, settled: Settled) -> str:
     name = "".join(character if character.isprintable() else "?" for character in settled.name)
-    if setting.is_secret and settled.value:
+    if setting.hides(settled.value):
         return f"# {setting.key} is a secret, set by {name}, and not shown"
     if settled.value is None:
         return f"# {setting.key} is not set"

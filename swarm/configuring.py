@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from swarm.errors import InputError
-from swarm.option_values import TEXTS
+from swarm.option_values import TEXTS, is_invitation
 
 PREFIX = "SWARM_"
 NO_OPTIONS = ("SWARM_CACHE",)
@@ -38,7 +38,7 @@ SHARED = (
 """Options that (nearly) every command has: the file may set them above its tables, for all commands."""
 
 SECRETS = ("api-key",)
-"""Options whose values are shown to nobody."""
+"""Options whose values are shown to nobody; nor is an invitation, wherever it stands: it may hold a key."""
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -77,9 +77,10 @@ class Setting:
     def variable(self) -> str:
         return PREFIX + self.key.upper().replace("-", "_")
 
-    @property
-    def is_secret(self) -> bool:
-        return self.key in SECRETS
+    def hides(self, value: Any) -> bool:
+        """Whether that value is shown to nobody."""
+        texts = value if self.kind == "many" else (value,)
+        return bool(value) and (self.key in SECRETS or any(map(is_invitation, texts)))
 
 
 class Settled(NamedTuple):

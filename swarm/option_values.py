@@ -27,11 +27,16 @@ def addresses(text: str) -> tuple[str, ...]:
     found = tuple(part for part in re.split(r"[\s,]+", text) if part)
     for address in found:
         is_address = ADDRESS_START.match(address) and "/p2p/" in address
-        if not is_address and not address.startswith(_INVITATION_START):
+        if not is_address and not is_invitation(address):
             raise argparse.ArgumentTypeError(
                 f"'{address}' is not the address of a peer; it looks like /ip4/192.0.2.1/tcp/4001/p2p/PEER"
             )
     return found
+
+
+def is_invitation(value: object) -> bool:
+    """Whether it is meant to be an invitation."""
+    return isinstance(value, str) and value.startswith(_INVITATION_START)
 
 
 def file_path(text: str) -> Path:

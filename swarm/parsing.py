@@ -239,7 +239,8 @@ def _warn_of_open_secrets(
     settings: Iterable[Setting], settled: Mapping[str, Settled], file: ConfigFile
 ) -> None:
     """Say so on standard error where others may read the secrets that a file holds."""
-    kept = [one.key for one in settings if one.is_secret and settled[one.dest].source == Source.FILE]
+    in_file = [one for one in settings if settled[one.dest].source == Source.FILE]
+    kept = [one.key for one in in_file if one.hides(settled[one.dest].value)]
     with suppress(OSError):
         if kept and stat.S_IMODE(file.path.stat().st_mode) & 0o077:
             print(

@@ -8,6 +8,7 @@ Sources: libp2p specs, `peer-ids/peer-ids.md` (protobuf encodings, identity mult
 
 import hashlib
 import logging
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Identity:
             InputError: as `load`; or the file cannot be written.
         """
         path = Path(path)
-        if not path.exists():
+        if not os.path.exists(path):
             try:
                 cls.generate()._write(path, keep_existing=True)
             except FileExistsError:

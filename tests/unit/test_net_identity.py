@@ -1,6 +1,8 @@
+import errno
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -138,3 +140,13 @@ def test_warns_of_a_key_that_others_can_read(tmp_path, caplog):
     file.chmod(0o644)
     Identity.load(file)
     assert "chmod 600" in caplog.text
+
+
+def test_a_file_in_a_folder_that_may_not_be_searched_is_a_clear_error(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        Identity.load_or_create(tmp_path / "closed" / "key")

@@ -235,6 +235,17 @@ def test_secrets_are_printed_nowhere(
     assert "api-key" not in tomllib.loads(said.out)["server"]
 
 
+def test_an_invitation_is_a_secret(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(f'[server]\ninitial-peers = ["{ONE}", "{INVITATION}"]')
+    config.chmod(0o644)
+    with pytest.raises(SystemExit):
+        parse("--print-config")
+    said = capsys.readouterr()
+    assert INVITATION not in said.out + said.err
+    assert f"# initial-peers is a secret, set by {config}, and not shown" in said.out
+    assert f"can read the initial-peers in {config}" in said.err
+
+
 def test_settings_are_what_a_command_takes() -> None:
     found = {setting.key: setting for setting in settings_of(parser_of())}
     assert not found.keys() & {"help", "config", "print-config", "prompt"}
