@@ -5,20 +5,28 @@ Must not know what is done with the results.
 """
 
 import weakref
-from collections.abc import Coroutine, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swarm.client.blocking import BlockingSwarm
 from swarm.client.concurrently import concurrently
-from swarm.client.model.rows import HiddenRow, Row, TokenRow, run_row
+from swarm.client.model.rows import HiddenRow, Row, TokenRow
 from swarm.errors import InputError, SwarmError
 from swarm.spans import Span
 
 MAX_BATCH = 32
 """Rows of a batch: servers take so many sessions of one client."""
+
+
+class Part(NamedTuple):
+    """What a row is given, of which the results of the last `wanted` are asked for."""
+
+    row: Row
+    given: Tensor
+    wanted: int
 
 
 class Batch:
@@ -68,15 +76,16 @@ class Batch:
             SwarmError: servers were lost for which there are no others, or the session has ended. Rows of
                 tokens then stay where they were.
         """
-        rows, kept, width = self._rows_for(given), shown[:, -keep:], self._swarm.swarm.model.hidden_size
-        self._check_tokens(given)
+        given, kept = given.detach().cpu(), shown[:, -keep:]
+        self._check(given, shown)
+        rows = self._rows_for(given)
         values = self._embedded(given) if self.takes_hidden else given
-        results = self._results(
-            run_row(row, new[seen], int(wanted.sum()), width)
-            for row, new, seen, wanted in zip(rows, values.detach().cpu(), shown, kept, strict=True)
+        results = self._run(
+            Part(row, new[seen], int(wanted.sum()))
+            for row, new, seen, wanted in zip(rows, values, shown, kept, strict=True)
         )
         self.shown = torch.cat([self.shown, shown], dim=1)
-        states = torch.zeros(*kept.shape, width, dtype=results.dtype)
+        states = torch.zeros(*kept.shape, self._swarm.swarm.model.hidden_size, dtype=results.dtype)
         states[kept] = results
         return states
 
@@ -92,18 +101,33 @@ class Batch:
         if self._swarm.thread.is_alive:
             self._swarm.thread.run(_close(self._rows))
 
+    def _check(self, given: Tensor, shown: Tensor) -> None:
+        """
+        Raises:
+            InputError: the model cannot take that.
+        """
+        model = self._swarm.swarm.model
+        if given.ndim == 3:
+            if given.shape[2] != model.hidden_size:
+                raise InputError(
+                    f"Hidden states of {given.shape[2]} values were given.",
+                    f"{model.name} has {model.hidden_size}: [batch, tokens, {model.hidden_size}].",
+                )
+            return
+        unknown = [token for token in given[shown].tolist() if not 0 <= token < model.vocab_size]
+        if unknown:
+            raise InputError(
+                f"There is no token {unknown[0]}: {model.name} has those from 0 to {model.vocab_size - 1}.",
+                "The tokenizer may be another model's.",
+            )
+
     def _rows_for(self, given: Tensor) -> list[Row]:
         """The rows, made where these are the first columns.
 
         Raises:
-            InputError: the shape fits neither them nor the model.
+            InputError: what is given does not fit them.
         """
-        batch, model = given.shape[0], self._swarm.swarm.model
-        if given.ndim == 3 and given.shape[2] != model.hidden_size:
-            raise InputError(
-                f"Hidden states of {given.shape[2]} values were given.",
-                f"{model.name} has {model.hidden_size}: [batch, tokens, {model.hidden_size}].",
-            )
+        batch = given.shape[0]
         if not self._rows:
             self._make_rows(batch, takes_hidden=given.ndim == 3)
         if batch != len(self._rows):
@@ -125,23 +149,16 @@ class Batch:
             HiddenRow(swarm, span, room) if takes_hidden else TokenRow(swarm, room) for _ in range(batch)
         ]
 
-    def _check_tokens(self, given: Tensor) -> None:
-        vocabulary = self._swarm.swarm.model.vocab_size
-        if given.ndim == 2 and not 0 <= int(given.min()) <= int(given.max()) < vocabulary:
-            raise InputError(
-                f"Token ids go from 0 to {vocabulary - 1} here, not from {given.min()} to {given.max()}.",
-                "The tokenizer is of another model.",
-            )
-
     def _embedded(self, given: Tensor) -> Tensor:
         if given.ndim == 3:
             return given
         return self._swarm.swarm.ends.embed(given.flatten()).view(*given.shape, -1)
 
-    def _results(self, work: Iterable[Coroutine[Any, Any, Tensor]]) -> Tensor:
+    def _run(self, parts: Iterable[Part]) -> Tensor:
+        """The results of all rows, one behind the other."""
         before = self.lengths
         try:
-            return torch.cat(self._swarm.thread.run(concurrently(*work)))
+            return self._swarm.thread.run(_results(list(parts), self._swarm.swarm.model.hidden_size))
         except BaseException:
             if not self.takes_hidden:
                 for row, length in zip(self._rows, before, strict=True):
@@ -152,6 +169,12 @@ class Batch:
 def _let_go(swarm: BlockingSwarm, rows: list[Row]) -> None:
     """Free what a batch held that nobody has any more, without waiting."""
     swarm.thread.start(_close(rows))
+
+
+async def _results(parts: list[Part], hidden_size: int) -> Tensor:
+    filled = [part for part in parts if len(part.given)]
+    results = await concurrently(*(part.row.run(part.given, part.wanted) for part in filled))
+    return torch.cat(results or [torch.zeros(0, hidden_size)])
 
 
 async def _close(rows: list[Row]) -> None:

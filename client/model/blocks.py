@@ -24,10 +24,10 @@ class RemoteSequential(nn.Module):
     def __init__(self, swarm: BlockingSwarm, span: Span):
         super().__init__()
         self.span = span
-        self._swarm = swarm
+        self.swarm = swarm
 
     def extra_repr(self) -> str:
-        return f"blocks {self.span} of {self._swarm.swarm.model.name}"
+        return f"blocks {self.span} of {self.swarm.swarm.model.name}"
 
     def __len__(self) -> int:
         return self.span.size
@@ -40,13 +40,13 @@ class RemoteSequential(nn.Module):
         """
         blocks = self.span.blocks[index]
         if isinstance(blocks, int):
-            return RemoteSequential(self._swarm, Span(blocks, blocks + 1))
+            return RemoteSequential(self.swarm, Span(blocks, blocks + 1))
         if not blocks or blocks.step != 1:
             raise InputError(
                 f"No blocks can be run as [{_text(index)}] of {len(self)}.",
                 "A slice has at least one block, and all between its first and last.",
             )
-        return RemoteSequential(self._swarm, Span(blocks.start, blocks.stop))
+        return RemoteSequential(self.swarm, Span(blocks.start, blocks.stop))
 
     def __iter__(self) -> Iterator["RemoteSequential"]:
         return (self[index] for index in range(len(self)))
@@ -74,7 +74,7 @@ class RemoteSequential(nn.Module):
 
     def inference_session(self, *, max_length: int) -> InferenceSession:
         """A session on these blocks, of at most `max_length` tokens a row. A context manager."""
-        return InferenceSession(self._swarm, self.span, max_length=max_length)
+        return InferenceSession(self.swarm, self.span, max_length=max_length)
 
 
 class WordEmbeddings(nn.Module):
@@ -152,9 +152,17 @@ class RemoteModel(nn.Module):
             SwarmError: as `InferenceSession.step`.
         """
         given = _the_one(input_ids, inputs_embeds)
+        if session is not None and not self._is_mine(session):
+            raise InputError(
+                f"past_key_values is {type(session).__name__}, which is no session of this model's.",
+                "Make one by model.inference_session(max_length=…).",
+            )
         shown = _newest(attention_mask, given, session)
         run = self.layers.run if session is None else session.advance
         return run(given, shown, keep), shown[:, -keep:]
+
+    def _is_mine(self, session: object) -> bool:
+        return isinstance(session, InferenceSession) and session.belongs_to(self.layers.swarm)
 
 
 def _the_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ Async, on the swarm's own loop. Knows nothing of batches, padding or what the re
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from swarm.client.conversation import MAX_ROWS
@@ -105,8 +104,3 @@ class HiddenRow:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
-
-
-async def run_row(row: Row, given: Tensor, wanted: int, hidden_size: int) -> Tensor:
-    """`row.run`, where there is anything to run."""
-    return await row.run(given, wanted) if len(given) else torch.zeros(0, hidden_size)

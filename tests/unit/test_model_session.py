@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from swarm.client.model.causal_lm import AutoDistributedModelForCausalLM
 from swarm.errors import InputError, SwarmError
@@ -248,6 +249,9 @@ def test_what_does_not_fit_a_session_is_said(
             session.step(states.requires_grad_())
     with pytest.raises(InputError, match="inference_session"):
         model.generate(IDS, session=model.transformer.h[:2].inference_session(max_length=9), **GREEDY)
+    for foreign in (model.transformer.h[:2].inference_session(max_length=9), DynamicCache()):
+        with pytest.raises(InputError, match="no session of this model's"):
+            model(IDS, past_key_values=foreign)
     for length in (0, 257):
         with pytest.raises(InputError, match=f"max_length is {length}"):
             model.inference_session(max_length=length)
