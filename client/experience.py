@@ -33,8 +33,11 @@ BUSY_AVOIDED = 2.0
 REFUSING_AVOIDED = 5.0
 """Seconds in which others are asked instead of who found a request wrong: others may understand it."""
 
-PUSH_AVOIDED = 300.0
-"""Seconds in which an edge that could not push is not asked to again."""
+PUSH_REST = 10.0
+"""Seconds in which an edge that could not push is not asked to again; twice as many each time."""
+
+MOST_PUSH_REST = 320.0
+"""Seconds that an edge rests at most. One that has not failed for so long begins anew."""
 
 SUSPECT_SECONDS = 1e5
 """What each strike against a suspect is taken to cost a session: more than all that a server announces."""
@@ -60,6 +63,14 @@ class Avoided:
     said: Announcement | None = None
 
 
+@dataclass(frozen=True)
+class Rest:
+    """An edge is not asked to push before `until`, which is `seconds` after it failed to."""
+
+    until: float
+    seconds: float
+
+
 class Experience:
     """How peers have answered one client."""
 
@@ -67,7 +78,7 @@ class Experience:
         self._blame = Blame()
         self._observed = Observed()
         self._avoided: dict[PeerId, Avoided] = {}
-        self._no_push: dict[tuple[PeerId, PeerId], float] = {}
+        self._rests: dict[tuple[PeerId, PeerId], Rest] = {}
 
     def failed(self, fault: HopError, now: float, *, was_open: bool) -> None:
         """A hop has failed. Faults count against it; lack of room, or finding a request wrong, does not.
@@ -93,10 +104,15 @@ class Experience:
 
     def push_failed(self, source: PeerId, target: PeerId, now: float) -> None:
         logger.info("peer %s cannot push to peer %s", source, target)
-        self._no_push[source, target] = now + PUSH_AVOIDED
+        before = self._rests.get((source, target))
+        if before is not None and now < before.until:
+            return  # other sessions find out as well
+        seconds = min(2 * before.seconds, MOST_PUSH_REST) if before else PUSH_REST
+        self._rests[source, target] = Rest(now + seconds, seconds)
 
     def may_push(self, source: PeerId, target: PeerId, now: float) -> bool:
-        return source != target and self._no_push.get((source, target), now) <= now
+        rest = self._rests.get((source, target))
+        return source != target and (rest is None or rest.until <= now)
 
     def rest_until(self, peers: Iterable[PeerId]) -> float:
         """Before this time not all of `peers` are to be tried, even where there are no others."""
@@ -125,13 +141,14 @@ class Experience:
         `others` compute in another form; `missing` could not be reached lately, which is like a fault.
         """
         self._blame.forget(now)
-        self._no_push = {edge: until for edge, until in self._no_push.items() if now < until}
+        self._rests = {edge: rest for edge, rest in self._rests.items() if now < rest.until + MOST_PUSH_REST}
+        broken = frozenset(edge for edge, rest in self._rests.items() if now < rest.until)
         penalties = Counter(
             {peer: strikes * SUSPECT_SECONDS for peer, strikes in self._blame.suspects(now).items()}
         )
         penalties.update(dict.fromkeys(others, OTHER_FORM_SECONDS))
         penalties.update(dict.fromkeys(missing, SUSPECT_SECONDS))
-        return Costs(rtt, broken=frozenset(self._no_push), seen=self._observed.at(now), penalties=penalties)
+        return Costs(rtt, broken=broken, seen=self._observed.at(now), penalties=penalties)
 
 
 def _is_as_before(avoided: Avoided, announced: Announcement | None) -> bool:

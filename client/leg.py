@@ -122,8 +122,8 @@ class Leg:
 
     The hop holds the session's first `length` tokens, and will hold `sent` once it has answered all. Once
     there is a `fault` it is of no use any more. `onward` is the leg whose hop it passes steps to, `linking`
-    the one to which that was tried. Steps are not to be sent before `resume_at`, since the hop has had no
-    room for them since `busy_since`. A hop without a `chain` is told no keys of pages.
+    the one with which that is being tried. Steps are not to be sent before `resume_at`, since the hop has had
+    no room for them since `busy_since`. A hop without a `chain` is told no keys of pages.
     """
 
     def __init__(self, hop: Hop, chain: PageChain | None, deadlines: Deadlines, clock: Callable[[], float]):

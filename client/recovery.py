@@ -268,6 +268,9 @@ class Recovery:
             logger.info("steps go through this client to peer %s: %s", target.hop.peer, fault)
             if source.fault is None and target.fault is None:
                 self._router.push_failed(source.hop.peer, target.hop.peer)
+        finally:
+            if source.linking is target:
+                source.linking = None
 
     def _may_be_named(self, hop: Hop) -> bool:
         """Whether what the hop will hold comes from the peers before it alone: none of them was replaced."""

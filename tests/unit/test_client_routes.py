@@ -272,7 +272,7 @@ async def test_successes_end_a_suspicion_and_teach_the_queue() -> None:
 
 
 @in_virtual_time
-async def test_an_edge_that_failed_is_remembered_for_some_minutes() -> None:
+async def test_an_edge_that_cannot_push_rests_longer_each_time() -> None:
     found = routes(Board(A, B, C))
     a, b = PeerId("a"), PeerId("b")
     assert found.may_push(a, b)
@@ -281,9 +281,20 @@ async def test_an_edge_that_failed_is_remembered_for_some_minutes() -> None:
     assert not found.may_push(a, b)
     assert found.may_push(b, a)
     assert (a, b) in found.costs().broken
-    await asyncio.sleep(301.0)
+    await asyncio.sleep(10.0)
     assert found.may_push(a, b)
     assert not found.costs().broken
+    for seconds in (20.0, 40.0, 80.0, 160.0, 320.0, 320.0):
+        found.push_failed(a, b)
+        await asyncio.sleep(seconds - 0.1)
+        assert not found.may_push(a, b)
+        await asyncio.sleep(0.1)
+        assert found.may_push(a, b)
+    await asyncio.sleep(320.0)
+    assert not found.costs().broken
+    found.push_failed(a, b)
+    await asyncio.sleep(10.0)
+    assert found.may_push(a, b)
 
 
 NEAR = server("near", 0, 6)
