@@ -136,7 +136,10 @@ class Relay:
         self._plan()
 
     def close(self) -> None:
+        """What hops say from now on of each other is no wonder: they end one after the other."""
         self._watch.close()
+        for leg in self.legs:
+            leg.onward = None
 
     def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool) -> None:
         index = self.legs.index(leg)

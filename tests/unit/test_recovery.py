@@ -12,6 +12,7 @@ import pytest
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
+from swarm.client.experience import PUSH_REST
 from swarm.client.facade import Swarm
 from swarm.client.options import SessionOptions
 from swarm.client.session import Session
@@ -274,3 +275,55 @@ def test_an_edge_that_is_cut_leads_through_the_client(model: Model, undisturbed:
             swarm.network.heal()
 
     disturbed()
+
+
+def test_a_session_that_ends_breaks_no_edge(model: Model) -> None:
+    @in_virtual_time
+    async def ending() -> None:
+        async with several(model, ONCE) as swarm:
+            for place in list(swarm.places.values())[1:]:
+                swarm.network.set_link("client", place.identity, latency=0.1)
+            for _ in range(2):
+                session = await swarm.open()
+                await session.next_tokens(PROMPT, 0)
+                await asyncio.sleep(1.0)
+                linked = [leg.onward is not None for leg in session._relay.legs]
+                assert linked == [True, True, False]
+                await session.close()
+
+    ending()
+
+
+def test_an_edge_that_works_again_is_pushed_over_again(model: Model) -> None:
+    @in_virtual_time
+    async def seconds_a_step() -> list[float]:
+        clock = asyncio.get_running_loop().time
+        took = []
+        async with several(model, ONCE) as swarm:
+            session = await swarm.open()
+            await session.next_tokens(PROMPT, 0)
+            await asyncio.sleep(1.0)
+            one, other = session.route.hops[0].peer, session.route.hops[1].peer
+
+            async def steps() -> None:
+                since = clock()
+                for _ in range(3):
+                    await session.next_tokens([1], len(session.tokens))
+                took.append((clock() - since) / 3)
+
+            await steps()
+            swarm.network.partition([one], [other])
+            await steps()
+            await steps()
+            swarm.network.heal()
+            await asyncio.sleep(PUSH_REST)
+            await session.next_tokens([1], len(session.tokens))
+            await asyncio.sleep(1.0)
+            await steps()
+            assert session.recoveries == 0
+            await session.close()
+        return took
+
+    whole, _, cut, again = seconds_a_step()
+    assert cut > 1.2 * whole
+    assert again < 1.05 * whole
