@@ -190,7 +190,11 @@ def find_source(name: str, cache: Path, on_progress: OnProgress) -> Source:
     if remote.is_url(name):
         return RemoteFolder.open(name, cache)
     path = Path(name).expanduser()
-    if os.path.exists(path) or name.startswith((".", "/", "~", "\\")) or (name.count("/") > 1 and "@" not in name):
+    if (
+        os.path.exists(path)
+        or name.startswith((".", "/", "~", "\\"))
+        or (name.count("/") > 1 and "@" not in name)
+    ):
         return _local_folder(path, cache)
     if alias := ALIASES.get(name.lower()):
         return _aliased(name.lower(), alias, cache, on_progress)
