@@ -19,7 +19,7 @@ from swarm import cli
 from swarm.client.diagnose.examining import Examination
 from swarm.client.diagnose.finding import Finding, Level
 from swarm.client.diagnose.findings import findings
-from swarm.client.diagnose.probing import Probe, own_addresses
+from swarm.client.diagnose.probing import Probe
 from swarm.client.diagnose.seen import Seen
 from swarm.dht.store import RecordStore
 from swarm.errors import InputError
@@ -28,6 +28,8 @@ from swarm.net.door import Door
 from swarm.net.identity import Identity
 from swarm.net.invitation import expand
 from swarm.net.peer_lists import PeerLists
+from swarm.net.reachability import own_addresses
+from swarm.net.relaying import Relaying
 from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import TransportError
 
@@ -100,7 +102,11 @@ async def _start(libp2p: Any, identity: Identity, port: int, door: Door) -> Any:
     for number in dict.fromkeys((port, 0)):
         try:
             return await libp2p.Libp2pTransport.start(
-                identity, host_maddrs=(LISTEN.format(number),), routes_for_others=False, door=door
+                identity,
+                host_maddrs=(LISTEN.format(number),),
+                routes_for_others=False,
+                relaying=Relaying(uses=True),
+                door=door,
             )
         except InputError as error:
             taken = error

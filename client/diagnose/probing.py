@@ -6,21 +6,19 @@ mean is not known here.
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-import psutil
-
 from swarm.client.diagnose.seen import DialledBack, Fault, PeerSeen, Told
 from swarm.errors import InputError, SwarmError
 from swarm.net.addresses import Address, Endpoint, endpoint_of, parse_address
 from swarm.net.calls import MessageStream, Refused, ping
-from swarm.net.dialling import Dialled, dial, resolve
+from swarm.net.dialling import FAMILIES, Dialled, dial, resolve
 from swarm.net.messages import DialBack, Observe, Observed, printable
 from swarm.net.messages import DialledBack as Answer
+from swarm.net.relaying import ENOUGH_BYTES
 from swarm.net.transport import OtherPeer, OtherProtocol, PeerId, Transport, TransportError
 
 logger = logging.getLogger(__name__)
@@ -35,8 +33,6 @@ RESOLVE_TIMEOUT = 4.0
 
 AT_ONCE = 8
 """Peers looked at together: few, so that pings do not wait for each other and measure that."""
-
-FAMILIES = {"ip4": socket.AF_INET, "dns4": socket.AF_INET, "ip6": socket.AF_INET6, "dns6": socket.AF_INET6}
 
 FAULT_OF: dict[Dialled, Fault] = {
     "greeted": "no_connection",
@@ -131,6 +127,10 @@ class Probe:
         assert isinstance(answer, Answer)
         return DialledBack(name, printable(answer.address), answer.is_reached)
 
+    async def relays(self, peer: PeerId) -> bool:
+        """Whether `peer`, who was reached, would relay to this one."""
+        return await self._transport.bytes_relayed_by(peer) >= ENOUGH_BYTES
+
     async def _ask(self, name: str, stream: MessageStream) -> PeerSeen:
         peer, clock = stream.peer, self._transport.clock
         rtts = [await ping(stream, PING_TIMEOUT, clock=clock) for _ in range(PINGS)]
@@ -161,18 +161,8 @@ async def what_is_at(endpoint: Endpoint) -> Fault:
     """What is found where a peer should be, by a connection of its own."""
     hosts = [endpoint.host]
     if endpoint.kind not in ("ip4", "ip6"):
-        family = FAMILIES.get(endpoint.kind, socket.AF_UNSPEC)
-        hosts = await resolve(endpoint.host, socket.AddressFamily(family), RESOLVE_TIMEOUT)
+        hosts = await resolve(endpoint.host, FAMILIES[endpoint.kind], RESOLVE_TIMEOUT)
     if endpoint.protocol != "tcp":
         return "no_connection" if hosts else "unresolved"
     dialled = await asyncio.gather(*(dial(host, endpoint.port, TCP_TIMEOUT) for host in hosts[:4]))
     return max((FAULT_OF[one] for one in dialled), key=PROGRESS.index, default="unresolved")
-
-
-def own_addresses() -> frozenset[str]:
-    """The IP addresses of this machine's interfaces."""
-    found = psutil.net_if_addrs().values()
-    families = (socket.AF_INET, socket.AF_INET6)
-    return frozenset(
-        one.address.partition("%")[0] for some in found for one in some if one.family in families
-    )

@@ -65,6 +65,17 @@ def ip_of(address: str) -> str:
     return found.host if found is not None and found.kind in ("ip4", "ip6") else ""
 
 
+def network_of(address: str) -> str:
+    """The network that a multiaddr's machine, or its relay, lies in: all of it may well be one person's.
+
+    It is named by the first 16 bits of an IPv4 address or 32 of IPv6; empty if `address` begins with neither.
+    """
+    ip = ip_of(address)
+    if not ip:
+        return ""
+    return str(ipaddress.ip_network((ip, 16 if "." in ip else 32), strict=False))
+
+
 def parse_address(text: str) -> Address:
     """The address of a peer, ending in `/p2p/PEER`.
 
@@ -88,10 +99,15 @@ def parse_listen_address(text: str) -> str:
     return text
 
 
+def is_loopback(address: str) -> bool:
+    """Whether an address leads to this machine alone, whoever dials it."""
+    return address.startswith(_LOOPBACK)
+
+
 def outward(addresses: Iterable[str]) -> list[str]:
     """Those of `addresses` that lead there from other machines too, if any do; else all."""
     given = list(addresses)
-    return [address for address in given if not address.startswith(_LOOPBACK)] or given
+    return [address for address in given if not is_loopback(address)] or given
 
 
 def usable_addresses(peer: PeerId, announced: Iterable[str]) -> list[Address]:

@@ -16,6 +16,9 @@ GREETING = b"\x13/multistream/1.0.0\n"
 Dialled: TypeAlias = Literal["greeted", "not_a_peer", "refused", "silent", "no_way"]
 """A peer greeted; something else is there, or says nothing; nobody listens; no answer; no way leads there."""
 
+FAMILIES = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
+"""Of which kind the IP addresses are that the names in multiaddrs lead to."""
+
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 

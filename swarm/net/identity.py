@@ -131,6 +131,11 @@ def is_peer_id(text: str) -> bool:
     return _public_of(PeerId(text)) is not None
 
 
+def is_binary_peer_id(raw: bytes) -> bool:
+    """Whether `raw` has the form of an Ed25519 peer id before it is written in base58."""
+    return len(raw) == len(_PEER_PREFIX) + _KEY_BYTES and raw.startswith(_PEER_PREFIX)
+
+
 def _peer_of(public: bytes) -> PeerId:
     return PeerId(base58.b58encode(_PEER_PREFIX + public).decode())
 

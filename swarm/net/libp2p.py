@@ -18,19 +18,33 @@ import swarm.net.slim  # noqa: F401, before hivemind
 
 # isort: split
 
-from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
-from hivemind.proto.p2pd_pb2 import ConnectRequest, DHTRequest, Request, Response, StreamOpenRequest
+from hivemind.p2p.p2p_daemon_bindings.utils import (
+    raise_if_failed,
+    read_pbmsg_safe,
+    read_unsigned_varint,
+    write_pbmsg,
+)
+from hivemind.proto.p2pd_pb2 import ConnectRequest, DHTRequest, PeerInfo, Request, Response, StreamOpenRequest
 from hivemind.utils.logging import use_hivemind_log_handler
-from hivemind.utils.multiaddr import Multiaddr
 
 from swarm.net import framing
-from swarm.net.addresses import Address, parse_address, parse_listen_address, usable_addresses
+from swarm.net.addresses import Address, network_of, parse_address, parse_listen_address, usable_addresses
 from swarm.net.daemon import Daemon, check_can_listen
 from swarm.net.door import Door
 from swarm.net.identity import Identity, is_peer_id
 from swarm.net.inbound import Inbound
+from swarm.net.multiaddrs import encoded, end_of, multiaddr, peer_bytes, texts_of
+from swarm.net.relaying import (
+    ENOUGH_BYTES,
+    HOP_PROTOCOL,
+    MAX_ANSWER_BYTES,
+    RESERVE,
+    Relaying,
+    bytes_relayed,
+    is_relayed,
+)
 from swarm.net.transport import (
     CONNECT_TIMEOUT,
     MAX_BODY_BYTES,
@@ -44,6 +58,7 @@ from swarm.net.transport import (
     StreamClosed,
     TransportError,
 )
+from swarm.net.wary import permitted
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +76,16 @@ ROUTING_PERIOD = 0.1
 """How often, and after how many seconds again, to look for a peer while the daemon learns whom to ask."""
 FIND_TIMEOUT = 5
 """Seconds that the daemon may look for a peer's addresses, where it does not know them by itself."""
+RELAY_ATTEMPTS = 8
+"""How often a daemon is started anew that was to relay and does not; every second one does."""
 LINGER = 5.0
 """Seconds for what was sent before a close to leave."""
+
+NO_RELAYS = Relaying()
 
 _NO_ROUTING_YET = "failed to find any peer in table"
 _OTHER_PEER = "peer id mismatch"
 _FOUND = re.compile(r"remote key matches (\w{1,128})")
-_P2P_CODE = b"\xa5\x03"  # the varint of 421, multiaddr's code of /p2p/
 
 
 class Libp2pStream:
@@ -134,6 +152,9 @@ class Libp2pTransport:
         self._daemon = daemon
         self._streams: set[Libp2pStream] = set()
         self._inbound: Inbound | None = None
+        self._own: list[str] = []
+        self._is_wary = False
+        self._through: tuple[str, ...] = ()
         self._failure: TransportError | None = None
         self._has_failed = asyncio.Event()
         self._watch = asyncio.create_task(self._watch_daemon(), name="watch the libp2p daemon")
@@ -148,15 +169,15 @@ class Libp2pTransport:
         *,
         routes_for_others: bool = True,
         nat_port_map: bool = False,
-        relay: bool = False,
+        relaying: Relaying = NO_RELAYS,
         door: Door | None = None,
     ) -> "Libp2pTransport":
         """Start the daemon and join the swarm through whichever of `initial_peers` answers.
 
         `identity` may be the path of its file, made if missing. An empty `host_maddrs` listens nowhere.
-        `routes_for_others` lets other peers ask this one for addresses; a short-lived client turns it
-        off. `relay` lets peers that cannot be reached be found through others, and this one too. Who may come
-        in at its `door` may open streams to this peer; by default all may.
+        `routes_for_others` lets other peers ask this one for addresses; a short-lived client turns it off.
+        Who has it on dials no private address that a peer names, unless it has none but such itself. Who may
+        come in at its `door` may open streams to this peer; by default all may.
 
         Raises:
             InputError: an address is malformed, in use, or not this machine's; or the identity's file.
@@ -168,23 +189,41 @@ class Libp2pTransport:
         peers = [peer for peer in map(parse_address, initial_peers) if peer.peer != identity.peer]
         for address in host_maddrs:
             check_can_listen(parse_listen_address(address))
-        announced = [parse_listen_address(address) for address in announce_maddrs]
-        options = _daemon_options(host_maddrs, announced, peers, routes_for_others, nat_port_map, relay)
+        options = [
+            "-dhtServer=1" if routes_for_others else "-dhtClient=1",
+            "-connManager=1",
+            f"-natPortMap={int(nat_port_map)}",
+            f"-hostAddrs={','.join(host_maddrs)}" if host_maddrs else "-noListenAddrs=1",
+            *relaying.options(listens=bool(host_maddrs)),
+        ]
+        if announced := [parse_listen_address(address) for address in announce_maddrs]:
+            options.append(f"-announceAddrs={','.join(announced)}")
+        transport = await cls._started(identity, options, door or Door())
+        for _ in range(RELAY_ATTEMPTS if relaying.serves else 0):
+            if await _relays_enough(transport, host_maddrs):
+                break
+            await transport.close()
+            transport = await cls._started(identity, options, transport.door)
+        transport._through = relaying.through
+        try:
+            await transport._join(peers)
+            transport._is_wary = routes_for_others and bool(await transport.addresses())
+        except BaseException:
+            await transport.close()
+            raise
+        return transport
+
+    @classmethod
+    async def _started(cls, identity: Identity, options: Sequence[str], door: Door) -> "Libp2pTransport":
         daemon = await Daemon.start(identity, options)
         try:
-            p2p = await P2P.replicate(Multiaddr(daemon.control_address))
-            transport = cls(identity, daemon, p2p, door or Door())
+            p2p = await P2P.replicate(multiaddr(daemon.control_address))
+            return cls(identity, daemon, p2p, door)
         except BaseException as error:
             await daemon.stop()
             if isinstance(error, OSError | EOFError | P2PDaemonError):
                 raise TransportError("The libp2p daemon ended while it started.", daemon.last_line) from error
             raise
-        try:
-            await transport._join(peers)
-        except BaseException:
-            await transport.close()
-            raise
-        return transport
 
     async def __aenter__(self) -> Self:
         return self
@@ -201,16 +240,22 @@ class Libp2pTransport:
         self._check_usable()
         async with self._daemon_calls():
             _, known = await self.p2p._client.identify()
-        return [f"{text}/p2p/{self.peer}" for text in _texts(known)]
+        self._own = [f"{text}/p2p/{self.peer}" for text in texts_of(known)]
+        if not is_relayed(self._own):  # the daemon names no relay at a private address
+            self._own += [f"{relay}/p2p-circuit/p2p/{self.peer}" for relay in self._through]
+        return list(self._own)
 
     async def seen_at(self, peer: PeerId) -> str:
-        self._check_usable()
-        async with self._daemon_calls():
-            response, _, writer = await self._ask(Request(type=Request.LIST_PEERS))
-        writer.close()
-        own = _peer_bytes(peer)
-        ends = (Multiaddr(text) for known in response.peers if known.id == own for text in known.addrs)
-        return next(iter(_texts(ends)), "")
+        own = peer_bytes(peer)
+        return next((end_of(known.addrs) for known in await self._connected() if known.id == own), "")
+
+    async def networks(self) -> dict[bytes, str]:
+        """The network at the other end of this peer's connection with each other one, by binary peer ids.
+
+        Raises:
+            TransportError: this peer's own network has failed or was closed.
+        """
+        return {bytes(known.id): network_of(end_of(known.addrs)) for known in await self._connected()}
 
     async def known_addresses(self, peer: PeerId) -> list[str]:
         """Multiaddrs at which the daemon has learned that `peer` listens, each ending in its id.
@@ -219,7 +264,7 @@ class Libp2pTransport:
             TransportError: this peer's own network has failed.
         """
         self._check_usable()
-        asked = DHTRequest(type=DHTRequest.FIND_PEER, peer=_peer_bytes(peer), timeout=FIND_TIMEOUT)
+        asked = DHTRequest(type=DHTRequest.FIND_PEER, peer=peer_bytes(peer), timeout=FIND_TIMEOUT)
         try:
             async with self._daemon_calls():
                 response, _, writer = await self._ask(Request(type=Request.DHT, dht=asked))
@@ -227,8 +272,26 @@ class Libp2pTransport:
             logger.debug("no address of peer %s is known: %s", peer, error)
             return []
         writer.close()
-        known = _texts(Multiaddr(encoded) for encoded in response.dht.peer.addrs)
+        known = texts_of(map(multiaddr, response.dht.peer.addrs))
         return list(map(str, usable_addresses(peer, (f"{text}/p2p/{peer}" for text in known))))
+
+    async def bytes_relayed_by(self, peer: PeerId) -> int:
+        self._check_usable()
+        target = StreamOpenRequest(peer=peer_bytes(peer), proto=[HOP_PROTOCOL])
+        request = Request(type=Request.STREAM_OPEN, streamOpen=target)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                _, reader, writer = await self._ask(request)
+                try:
+                    writer.write(RESERVE)
+                    size = await read_unsigned_varint(reader)
+                    answer = await reader.readexactly(min(size, MAX_ANSWER_BYTES))
+                finally:
+                    writer.transport.abort()
+        except (P2PDaemonError, OSError, EOFError, TimeoutError) as error:
+            logger.debug("peer %s is no relay: %r", peer, error)
+            return 0
+        return bytes_relayed(answer)
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
@@ -245,7 +308,8 @@ class Libp2pTransport:
         self.door.watch(self._streams)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                stream = await self._open(peer, usable_addresses(peer, addresses))
+                named = usable_addresses(peer, addresses)
+                stream = await self._open(peer, await permitted(named, self._own) if self._is_wary else named)
                 await self.door.call_enter(stream, self.peer)
                 return stream
         except TimeoutError:
@@ -274,6 +338,14 @@ class Libp2pTransport:
         await self._daemon.stop()
         tasks = (self._watch, self.p2p._listen_task, control._read_task, control._write_task)
         await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+
+    async def _connected(self) -> Sequence[PeerInfo]:
+        """The peers that the daemon has connections with."""
+        self._check_usable()
+        async with self._daemon_calls():
+            response, _, writer = await self._ask(Request(type=Request.LIST_PEERS))
+        writer.close()
+        return list(response.peers)
 
     async def _join(self, peers: Sequence[Address]) -> None:
         """Connect to the initial peers, all at once: the first answer is enough to be in the swarm."""
@@ -305,7 +377,7 @@ class Libp2pTransport:
 
         Returns what kept it from that, in the daemon's words; empty if it is connected.
         """
-        target = ConnectRequest(peer=_peer_bytes(peer), addrs=_encoded(addresses))
+        target = ConnectRequest(peer=peer_bytes(peer), addrs=encoded(addresses))
         try:
             _, _, writer = await self._ask(Request(type=Request.CONNECT, connect=target))
         except (P2PDaemonError, OSError, EOFError) as error:
@@ -322,7 +394,7 @@ class Libp2pTransport:
                     fault = await self._connect(peer, addresses)
             except TimeoutError:
                 logger.debug("peer %s does not answer at its addresses", peer)
-        target = StreamOpenRequest(peer=_peer_bytes(peer), proto=[self.door.protocol])
+        target = StreamOpenRequest(peer=peer_bytes(peer), proto=[self.door.protocol])
         request = Request(type=Request.STREAM_OPEN, streamOpen=target)
         for _ in range(ROUTING_ATTEMPTS):
             try:
@@ -414,65 +486,17 @@ def _abort_if_lingering(transport: asyncio.WriteTransport) -> None:
         transport.abort()
 
 
-def _daemon_options(
-    host_maddrs: Sequence[str],
-    announced: Sequence[str],
-    peers: Sequence[Address],
-    routes_for_others: bool,
-    nat_port_map: bool,
-    relay: bool,
-) -> list[str]:
-    options = [
-        "-dhtServer=1" if routes_for_others else "-dhtClient=1",
-        "-connManager=1",
-        f"-natPortMap={int(nat_port_map)}",
-        f"-autonat={int(relay)}",
-        f"-relay={int(relay)}",
-        f"-autoRelay={int(relay and bool(peers))}",
-        f"-hostAddrs={','.join(host_maddrs)}" if host_maddrs else "-noListenAddrs=1",
-    ]
-    if announced:
-        options.append(f"-announceAddrs={','.join(announced)}")
-    if relay and peers:
-        options.append(f"-trustedRelays={','.join(map(str, peers))}")
-    return options
-
-
-def _peer_bytes(peer: PeerId) -> bytes:
-    return PeerID.from_base58(peer).to_bytes()
-
-
-def _encoded(addresses: Iterable[Address]) -> list[bytes]:
-    """The addresses in the daemon's binary form; what hivemind cannot encode is left out."""
-    encoded = []
-    for address in addresses:
-        try:
-            encoded.append(_encode(address.path))
-        except ValueError as error:
-            logger.debug("address %s cannot be used: %s", address, error)
-    return encoded
-
-
-def _encode(path: str) -> bytes:
-    """hivemind writes a peer id within an address as a CID, which the daemon refuses: write it plainly."""
-    head, *relays = path.split("/p2p/")
-    encoded: bytes = Multiaddr(head).to_bytes()
-    for relay in relays:
-        text, _, rest = relay.partition("/")
-        peer = _peer_bytes(PeerId(text))
-        encoded += _P2P_CODE + bytes([len(peer)]) + peer + Multiaddr(f"/{rest}").to_bytes()
-    return encoded
-
-
-def _texts(addresses: Iterable[Multiaddr]) -> list[str]:
-    """The addresses that hivemind can spell; the daemon may know of transports that it does not."""
-    texts = []
-    for address in addresses:
-        try:
-            texts.append(str(address))
-        except ValueError as error:
-            logger.debug("an address of this peer cannot be written: %s", error)
-    return texts
+async def _relays_enough(transport: Libp2pTransport, host_maddrs: Sequence[str]) -> bool:
+    """Whether a daemon that is to relay does so: it starts two relays, and the last one counts, which may be
+    the one that ends connections after two minutes."""
+    paths = [text.rpartition("/p2p/")[0] for text in await transport.addresses()]
+    paths += [path.replace("/ip4/0.0.0.0/", "/ip4/127.0.0.1/") for path in host_maddrs]
+    asker = Identity.generate()
+    async with await Libp2pTransport.start(
+        asker, host_maddrs=(), routes_for_others=False, relaying=Relaying(uses=True)
+    ) as probe:
+        await probe._connect(transport.peer, [Address(path, transport.peer) for path in paths])
+        return await probe.bytes_relayed_by(transport.peer) >= ENOUGH_BYTES
 
 
 def _mute_daemon() -> TransportError:

@@ -40,6 +40,8 @@ class MemoryNetwork:
         self.default_link = default_link or Link()
         self.places: dict[PeerId, str] = {}
         """Where others see a peer's connections come from, as multiaddrs; for tests to set."""
+        self.relays: dict[PeerId, int] = {}
+        """How many bytes a connection may carry that a peer relays; for tests to set."""
         self._seed = seed
         self._named: dict[str, Identity] = {}
         self._transports: dict[PeerId, MemoryTransport] = {}
@@ -216,6 +218,10 @@ class MemoryTransport:
     async def seen_at(self, peer: PeerId) -> str:
         self._check_usable()
         return self._network.places.get(peer, "")
+
+    async def bytes_relayed_by(self, peer: PeerId) -> int:
+        self._check_usable()
+        return self._network.relays.get(peer, 0)
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()

@@ -117,6 +117,16 @@ class Transport(Protocol):
         """
         ...
 
+    async def bytes_relayed_by(self, peer: PeerId) -> int:
+        """How many bytes each connection may carry that `peer`, to whom there is one, relays to this peer.
+
+        0 if it relays none.
+
+        Raises:
+            TransportError: this peer's own network has failed or was closed.
+        """
+        ...
+
     async def listen(self, on_stream: OnStream) -> None:
         """Call `on_stream` in a task of its own for each stream opened to this peer.
 

@@ -19,7 +19,7 @@ from swarm.client.diagnose.examining import MAX_SERVERS, OWN_KEY, Examination, w
 from swarm.client.diagnose.finding import Finding
 from swarm.client.diagnose.findings import findings
 from swarm.client.diagnose.nat import View, nat_of
-from swarm.client.diagnose.probing import Probe, own_addresses, what_is_at
+from swarm.client.diagnose.probing import Probe, what_is_at
 from swarm.client.diagnose.seen import DialledBack, Fault, PeerSeen, RecordsSeen, Seen, Told
 from swarm.dht.memory import MemoryStore
 from swarm.dht.store import RecordStore
@@ -29,6 +29,7 @@ from swarm.net.calls import MessageStream
 from swarm.net.dialling import Dialled
 from swarm.net.identity import Identity
 from swarm.net.messages import DialBack, Error, Observe, Observed, Ping, Pong
+from swarm.net.reachability import own_addresses
 from swarm.net.transport import OtherPeer, OtherProtocol, PeerId, Stream, StreamClosed, TransportError
 from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.server.witness import Witness

@@ -47,7 +47,11 @@ LEAVES = {
     "swarm.processes",
 }
 
-ONLY_HERE = {"hivemind.p2p": "swarm.net.libp2p", "hivemind.dht": "swarm.dht.kademlia"}
+ONLY_HERE = {
+    "hivemind.p2p": "swarm.net.libp2p",
+    "hivemind.utils.multiaddr": "swarm.net.multiaddrs",
+    "hivemind.dht": "swarm.dht.kademlia",
+}
 FORBIDDEN = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "tests", "benchmarks"}
 
 HEAVY = {

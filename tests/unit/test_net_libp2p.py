@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
@@ -17,6 +18,8 @@ from swarm.net.dialling import dial
 from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.messages import Pong
+from swarm.net.multiaddrs import peer_bytes
+from swarm.net.relaying import ENOUGH_BYTES, Relaying
 from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import FrameError, OtherPeer, PeerUnreachable, StreamClosed, TransportError
 
@@ -208,6 +211,48 @@ async def test_a_peer_relays_for_nobody_unless_asked(server, client, monkeypatch
     monkeypatch.setattr(door, "PROTOCOL", "/libp2p/circuit/relay/0.2.0/hop")
     with pytest.raises(PeerUnreachable, match=r"does not speak /libp2p/circuit/relay/0\.2\.0/hop"):
         await client.open_stream(server.transport.peer)
+
+
+async def test_who_relays_carries_all_that_a_hidden_peer_says(server):
+    """Of the two relays that a daemon starts, the one that ends connections after 128 KiB is not to count."""
+    own = Identity.generate()
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(
+            await Libp2pTransport.start(own, host_maddrs=LOOPBACK, relaying=Relaying(uses=True, serves=True))
+        )
+        (way,) = await relay.addresses()
+        hidden = await stack.enter_async_context(
+            await Libp2pTransport.start(
+                Identity.generate(), [way], LOOPBACK, relaying=Relaying(uses=True, through=(way,))
+            )
+        )
+        await hidden.listen(echo)
+        asker = await stack.enter_async_context(
+            await Libp2pTransport.start(
+                Identity.generate(), [way], (), routes_for_others=False, relaying=Relaying(uses=True)
+            )
+        )
+        assert await asker.bytes_relayed_by(relay.peer) >= ENOUGH_BYTES
+        told = await hidden.addresses()
+        (relayed,) = [address for address in told if "p2p-circuit" in address]
+        assert relayed == f"{way}/p2p-circuit/p2p/{hidden.peer}"
+        stream = await asker.open_stream(hidden.peer, [relayed])
+        for _ in range(4):
+            await stream.send(b"header", bytes(128 * 1024))
+            _, body = await stream.receive()
+            assert len(body) == 128 * 1024
+        assert (await asker.networks())[peer_bytes(hidden.peer)] == "127.0.0.0/16"
+
+
+async def test_a_server_of_the_internet_is_no_way_into_its_own_network(server, monkeypatch):
+    (address,) = await server.transport.addresses()
+    async with await start() as other:
+        monkeypatch.setattr(other, "_own", ["/ip4/8.8.4.4/tcp/1"])
+        with pytest.raises(PeerUnreachable):
+            await other.open_stream(server.transport.peer, [address])
+        assert await server.transport.seen_at(other.peer) == "", "it was not dialled"
+    async with await start() as private:
+        (await private.open_stream(server.transport.peer, [address])).close()
 
 
 async def test_only_who_has_the_key_speaks_to_a_private_peer(server):
