@@ -64,7 +64,14 @@ class _Raw:
 class GuardedCalls:
     """The calls of one peer, `p2p` being hivemind's way to others."""
 
-    def __init__(self, p2p: Any, key: SwarmKey | None, now: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        p2p: Any,
+        key: SwarmKey | None,
+        now: Callable[[], float] = time.monotonic,
+        correct: Callable[[Any, Any], None] = lambda message, sender: None,
+    ):
+        """`correct` takes out of a message that came what its sender, as hivemind knows it, may not say."""
         self.peer_id = p2p.peer_id
         self.refused_by: set[PeerId] = set()
         """Peers of a private swarm with another key."""
@@ -72,6 +79,7 @@ class GuardedCalls:
         self._seal = Seal(key) if key is not None else None
         self._own = PeerId(p2p.peer_id.to_base58())
         self._now = now
+        self._correct = correct
         self._calls = Allowance(CALLS_PER_SECOND, CALLS_AT_ONCE)
         self._bytes = Allowance(BYTES_PER_SECOND, BYTES_AT_ONCE)
         self._faults = Allowance(FAULTS_PER_SECOND, FAULTS_AT_ONCE)
@@ -99,8 +107,10 @@ class GuardedCalls:
             except SealBroken:
                 logger.debug("peer %s called without the swarm's key", caller)
                 return _Raw(_REFUSED)
+            asked = input_protobuf_type.FromString(data)
+            self._correct(asked, context.remote_id)
             with _called_by(caller):
-                answer = await handler(input_protobuf_type.FromString(data), context)
+                answer = await handler(asked, context)
             data = answer.SerializeToString()
             return _Raw(self._seal.close(call, data, answers=message.data) if self._seal else data)
 
@@ -115,7 +125,9 @@ class GuardedCalls:
             data = await self._call_sealed(self._seal, peer, name, data)
         else:
             data = (await self._p2p.call_protobuf_handler(peer, name, _Raw(data), _Raw)).data
-        return output_type.FromString(data)
+        answer = output_type.FromString(data)
+        self._correct(answer, peer)
+        return answer
 
     async def speaks(self, peer: Any, name: str, *, privately: bool) -> bool:
         """Whether `peer` answers calls of that name, of private swarms or of others, in whatever way."""

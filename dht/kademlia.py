@@ -4,15 +4,19 @@ It runs a DHT node in this process's event loop, on the transport's own daemon. 
 keeps a record only if it is signed by the peer under whose id it is to be kept, and readers check it again.
 In a private swarm only who has the key can call a node, or be one. It must not know what records say.
 
+Of hivemind's DHT it takes the calls and what answers them. Whom a node knows is in `neighbours`, how records
+are looked for and brought to nodes in `search` and `keeping`: hivemind's own believe what any node says.
+
 hivemind calls a record's key a key, its peer a subkey, and keeps under each key a dictionary of subkeys.
 """
 
 import asyncio
 import random
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import msgspec
 
@@ -29,20 +33,22 @@ from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration
 
 from swarm.allowance import Allowance
 from swarm.dht.guarded_calls import GuardedCalls
+from swarm.dht.keeping import keep_all
+from swarm.dht.neighbours import BUCKET_SIZE, Neighbours, Node
+from swarm.dht.node_ids import keep_to_ids, node_id_of
 from swarm.dht.records import RecordError, SignatureMemory, SignedRecord, check_lifetime, check_time
+from swarm.dht.search import Answer, Answers, Found, search
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError, SwarmError
 from swarm.net.addresses import parse_address
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.transport import PeerId
 
-REPLICAS = 5
-BEAM = 10
-"""How many of the nearest peers a search visits for each key."""
-
 RPC_TIMEOUT = 3.0
 SILENT_FOR = 20.0
 """Seconds for which a peer that did not answer is not asked again: each such question costs `RPC_TIMEOUT`."""
+
+MAX_SILENT = 4_096
 
 PUT_TIMEOUT = 10.0
 GET_TIMEOUT = 10.0
@@ -52,7 +58,6 @@ CLOSE_TIMEOUT = 1.0
 REJOIN_PERIOD = 30.0
 """Seconds between attempts to reach the initial peers that have been lost."""
 
-KEYS_PER_CALL = 16
 MAX_STORED_RECORDS = 16_384
 """What this peer keeps for others: typically 1 KB each, at most `MAX_RECORD_BYTES`."""
 
@@ -81,10 +86,17 @@ class KademliaStore:
         self._node = node
         self._calls = calls
         self._transport = transport
-        self._signatures = validator.signatures
+        self._validator = validator
         self._initial = [node.peer_id.from_base58(peer) for peer in initial]
         self._client_mode = client_mode
         self._rejoin_at = 0.0
+        self._own: Node[Any] = Node(int(node.node_id), node.peer_id, "here")
+        self._known: Neighbours[Any] = Neighbours(self._own.node_id)
+        self._silent: TimedStorage[Any, None] = TimedStorage(maxsize=MAX_SILENT)
+        self._networks: dict[bytes, str] = {}
+        self._looking = asyncio.Lock()
+        node.protocol.routing_table = _Table(self._known)
+        node.protocol.update_routing_table = self._on_contact
 
     @classmethod
     async def start(
@@ -104,20 +116,14 @@ class KademliaStore:
         initial = [
             peer for peer in (parse_address(text).peer for text in initial_peers) if peer != transport.peer
         ]
-        calls = GuardedCalls(transport.p2p, transport.door.key)
+        calls = GuardedCalls(transport.p2p, transport.door.key, correct=_correct)
         validator = _OwnRecordsOnly(calls)
         async with _within(JOIN_TIMEOUT, "served"):
             node = await DHTNode.create(
                 p2p=calls,
-                num_replicas=REPLICAS,
+                node_id=DHTID(_id_of(calls.peer_id)),
+                bucket_size=BUCKET_SIZE,
                 wait_timeout=RPC_TIMEOUT,
-                cache_locally=False,
-                cache_nearest=0,
-                cache_on_store=False,
-                cache_refresh_before_expiry=0,
-                reuse_get_requests=False,
-                blacklist_time=SILENT_FOR,
-                backoff_rate=1.0,
                 client_mode=client_mode,
                 record_validator=validator,
             )
@@ -139,7 +145,7 @@ class KademliaStore:
 
     @property
     def peers(self) -> int:
-        return len(self._node.protocol.routing_table.uid_to_peer_id)
+        return len(self._known)
 
     def now(self) -> float:
         return time.time()
@@ -147,25 +153,26 @@ class KademliaStore:
     async def put(self, records: Sequence[SignedRecord]) -> int:
         async with _within(PUT_TIMEOUT, "written"):
             await self._rejoin()
-            stored = await self._node.store_many(
-                [record.key for record in records],
-                [record.pack() for record in records],
-                [record.expires_at for record in records],
-                subkeys=[record.peer for record in records],
-                exclude_self=self._client_mode,
-                beam_size=BEAM,
-            )
-        return sum(map(bool, stored.values()))
+            found = await self._search({_key_id(record.key) for record in records})
+            own = () if self._client_mode else (self._own,)
+            holders = {key: found[_key_id(key)].holders(*own) for key in {record.key for record in records}}
+            return len(await keep_all(records, holders, self._keep))
 
     async def get(self, keys: Sequence[str]) -> dict[str, list[SignedRecord]]:
-        ids = {DHTID.generate(source=key): key for key in keys}
+        ids = {_key_id(key): key for key in keys}
         async with _within(GET_TIMEOUT, "read"):
             await self._rejoin()
-            entries = await self._find(ids)
-        return {key: self._newest(entries[key_id]) for key_id, key in ids.items()}
+            found = await self._search(ids)
+        if found and all(one.is_unanswered for one in found.values()):
+            raise StoreUnreachable("None of the peers that hold records answered.", "Check the connection.")
+        kept = self._node.protocol.storage
+        return {
+            key: self._newest((*_values(kept.get(DHTID(key_id))), *found[key_id].values))
+            for key_id, key in ids.items()
+        }
 
     async def neighbours(self, most: int) -> list[str]:
-        known = list(self._node.protocol.routing_table.uid_to_peer_id.values())
+        known = [node.peer for node in self._known.nodes()]
         chosen = random.sample(known, min(most, len(known)))
         found = (self._transport.known_addresses(PeerId(peer.to_base58())) for peer in chosen)
         return [address for addresses in await asyncio.gather(*found) for address in addresses]
@@ -176,41 +183,84 @@ class KademliaStore:
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await self._node.shutdown()
 
-    async def _find(self, ids: Iterable[DHTID]) -> dict[DHTID, list[bytes]]:
-        """The values that this peer and the nearest ones to each id hold under it.
-
-        Every replica is asked and heard for itself: one that is malformed, silent or holds something
-        old takes nothing away from what the others say.
-        """
-        nearest = await self._node.find_nearest_nodes(
-            ids, k_nearest=REPLICAS, beam_size=BEAM, exclude_self=True
+    async def _search(self, key_ids: Collection[int]) -> dict[int, Found[Any]]:
+        """Look around each of these keys, from the nearest known nodes and from the initial peers."""
+        initial = [node for node in self._known.nodes() if node.peer in self._initial]
+        return await search(
+            key_ids, lambda key_id: (*self._known.nearest(key_id, BUCKET_SIZE), *initial), self._ask
         )
-        wanted = defaultdict(list)
-        for key_id, nodes in nearest.items():
-            for peer in nodes.values():
-                wanted[peer].append(key_id)
-        calls = [
-            self._node.protocol.call_find(peer, some)
-            for peer, key_ids in wanted.items()
-            if peer not in self._node.blacklist  # it has just been silent during the search
-            for some in _chunks(key_ids, KEYS_PER_CALL)
-        ]
-        answers = await asyncio.gather(*calls)
-        if wanted and not any(answers):
-            raise StoreUnreachable("None of the peers that hold records answered.", "Check the connection.")
-        found: dict[DHTID, list[bytes]] = {
-            key_id: _values(self._node.protocol.storage.get(key_id)) for key_id in ids
+
+    async def _ask(self, peer: Any, key_ids: Sequence[int]) -> Answers[Any] | None:
+        if peer in self._silent or peer == self._own.peer:
+            return None
+        said = await self._node.protocol.call_find(peer, [DHTID(key_id) for key_id in key_ids])
+        if said is None:
+            self._silent.store(peer, None, time.time() + SILENT_FOR)
+            return None
+        answers = {
+            int(key_id): Answer(_values(entry), self._worth_asking(named))
+            for key_id, (entry, named) in said.items()
         }
-        for answer in filter(None, answers):
-            for key_id, (entry, _) in answer.items():
-                found[key_id] += _values(entry)
-        return found
+        await self._hear(peer)  # whom that would have asked, the next contact asks
+        return Answers(await self._network_of(peer), answers)
+
+    def _worth_asking(self, named: Mapping[DHTID, Any]) -> list[Node[Any]]:
+        """Those of the nodes that another one named which have not just been silent."""
+        return [
+            Node(int(node_id), peer)
+            for node_id, peer in named.items()
+            if peer != self._own.peer and peer not in self._silent
+        ]
+
+    async def _keep(self, peer: Any, records: Sequence[SignedRecord]) -> Sequence[bool] | None:
+        protocol = self._node.protocol
+        places = [DHTID(_key_id(record.key)) for record in records]
+        values = [_encoder.encode(record.pack()) for record in records]
+        if peer == self._own.peer:
+            return [
+                protocol.storage.store_subkey(place, record.peer, value, record.expires_at)
+                for place, record, value in zip(places, records, values, strict=True)
+            ]
+        kept: Sequence[bool] | None = await protocol.call_store(
+            peer,
+            places,
+            values,
+            [record.expires_at for record in records],
+            subkeys=[record.peer for record in records],
+        )
+        return kept
+
+    async def _on_contact(self, node_id: DHTID | None, peer: Any, responded: bool = True) -> None:
+        """A node called or answered, or it did not. One without an id is a client's.
+
+        A node that is new is not given what it should keep: who wrote that will, before it expires.
+        """
+        if not responded:
+            self._known.lose(_id_of(peer))
+        elif node_id is not None:
+            silent = await self._hear(peer)
+            if silent is not None:
+                await self._node.protocol.call_ping(silent.peer)
+
+    async def _hear(self, peer: Any) -> Node[Any] | None:
+        node = Node(_id_of(peer), peer, await self._network_of(peer))
+        return self._known.hear(node, time.monotonic())
+
+    async def _network_of(self, peer: Any) -> str:
+        """The network that a peer is connected with from here; empty if it is not."""
+        raw = peer.to_bytes()
+        if raw not in self._networks:
+            async with self._looking:
+                if raw not in self._networks:
+                    with suppress(SwarmError):
+                        self._networks = await self._transport.networks()
+        return self._networks.get(raw, "")
 
     def _newest(self, values: Iterable[bytes]) -> list[SignedRecord]:
         newest: dict[str, SignedRecord] = {}
         for value in values:
             try:
-                record = self._signatures.unpack(_unwrap(value))
+                record = self._validator.signatures.unpack(_unwrap(value))
                 check_time(record, self.now())
             except RecordError as error:
                 if error.fault != "expired":
@@ -237,13 +287,12 @@ class KademliaStore:
                 )
             await asyncio.sleep(JOIN_PAUSE)
         async with _within(GET_TIMEOUT, "searched"):
-            await self._node.find_nearest_nodes([self._node.node_id])
+            await self._search([self._own.node_id])
 
     async def _rejoin(self) -> None:
         """Look again for initial peers that this one has lost: two halves of a swarm meet through them."""
-        table = self._node.protocol.routing_table
-        lost = [peer for peer in self._initial if peer not in table]
-        is_alone = not table.uid_to_peer_id
+        lost = [peer for peer in self._initial if _id_of(peer) not in self._known]
+        is_alone = not len(self._known)
         if not lost or (self.now() < self._rejoin_at and not is_alone):
             return
         self._rejoin_at = self.now() + REJOIN_PERIOD
@@ -279,10 +328,12 @@ class KademliaStore:
         Raises:
             SwarmError: all that answered refused this peer.
         """
-        self._node.blacklist.clear()
+        self._silent.clear()
         pings = (self._node.protocol.call_ping(peer, validate=True, strict=True) for peer in self._initial)
         answers = await asyncio.gather(*pings, return_exceptions=True)
-        for answer in answers:
+        for peer, answer in zip(self._initial, answers, strict=True):
+            if isinstance(answer, DHTID):
+                await self._hear(peer)
             if isinstance(answer, BaseException) and not isinstance(answer, ValidationError):
                 raise answer
         refusals = [answer for answer in answers if isinstance(answer, ValidationError)]
@@ -293,6 +344,23 @@ class KademliaStore:
                 "Check that this computer's clock is right and that others can reach its port.",
             ) from refusals[0]
         return bool(welcomes)
+
+
+class _Table:
+    """The nodes that are known, as hivemind's protocol asks for them."""
+
+    def __init__(self, known: Neighbours[Any]):
+        self._known = known
+
+    def get(self, *, peer_id: Any) -> DHTID | None:
+        node_id = _id_of(peer_id)
+        return DHTID(node_id) if node_id in self._known else None
+
+    def get_nearest_neighbors(
+        self, query_id: DHTID, k: int, exclude: DHTID | None = None
+    ) -> list[tuple[DHTID, Any]]:
+        nodes = self._known.nearest(int(query_id), k, exclude=exclude)
+        return [(DHTID(node.node_id), node.peer) for node in nodes]
 
 
 class _OwnRecordsOnly(RecordValidatorBase):
@@ -408,8 +476,17 @@ def _values(entry: ValueWithExpiration | None) -> list[bytes]:
         return [item.value for _, item in entry.value.items()]
 
 
-def _chunks(items: Sequence[DHTID], size: int) -> Iterator[Sequence[DHTID]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def _key_id(key: str) -> int:
+    return int(DHTID.generate(source=key))
+
+
+def _id_of(peer: Any) -> int:
+    """The id of the node of a peer as hivemind knows it."""
+    return int.from_bytes(node_id_of(peer.to_bytes()))
+
+
+def _correct(message: Any, sender: Any) -> None:
+    keep_to_ids(message, sender.to_bytes())
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage
+from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from swarm.dht import kademlia
@@ -177,6 +178,37 @@ async def test_a_lying_node_can_neither_forge_nor_hide_for_readers(swarm: list[P
         assert client.store.dropped["bad_signature"] > 0
 
 
+async def test_who_says_another_nodes_id_is_a_node_to_nobody(swarm: list[Peer]) -> None:
+    first, second, _, _ = swarm
+    async with AsyncExitStack() as stack:
+        liar = await join(stack, await first.transport.addresses())
+        protocol = liar.store._node.protocol
+        assert liar.store._own.node_id in first.store._known
+        first.store._known.lose(liar.store._own.node_id)
+        before = first.store.peers
+        protocol.node_info.node_id = second.store._node.node_id.to_bytes()
+        await protocol.call_ping(first.store._node.peer_id)
+        await protocol.call_find(first.store._node.peer_id, [DHTID.generate(source="k")])
+        assert await stored_by(liar, first, liar.record("k")) == [True], "it is answered as a client is"
+        assert await first.store._node.protocol.call_ping(liar.store._node.peer_id) is None
+        await asyncio.sleep(0)
+        assert first.store.peers == before
+
+
+async def test_nodes_that_do_not_exist_hide_no_record(swarm: list[Peer]) -> None:
+    first, _, liar, client = swarm
+    true = first.record("phantoms", b"true")
+    assert await first.store.put([true]) == 1
+    nobodies = [PeerID.from_base58(Identity.from_seed(f"{number}").peer) for number in range(20)]
+    phantoms = [(DHTID(kademlia._id_of(peer)), peer) for peer in nobodies]
+    table = liar.store._node.protocol.routing_table
+    kept, table.get_nearest_neighbors = table.get_nearest_neighbors, lambda *_, **__: phantoms
+    try:
+        assert (await client.store.get(["phantoms"]))["phantoms"] == [true]
+    finally:
+        table.get_nearest_neighbors = kept
+
+
 async def test_nobody_can_hide_others_behind_a_cached_record(swarm: list[Peer]) -> None:
     first, _, liar, client = swarm
     assert await first.store.put([first.record("hidden")]) == 1
@@ -289,7 +321,7 @@ async def test_a_private_swarm_is_closed_to_all_without_its_key(
             first.identity.peer,
             member.identity.peer,
         }
-        assert len(first.store._node.protocol.routing_table.uid_to_peer_id) == 0, "no stranger is in it"
+        assert first.store.peers == 0, "no stranger is in it"
 
 
 async def test_records_of_whom_the_lists_do_not_admit_are_not_read(swarm: list[Peer], tmp_path: Path) -> None:

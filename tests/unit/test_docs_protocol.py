@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, get_args
 
+import base58
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -12,8 +13,9 @@ from hivemind.dht.routing import DHTID
 from msgspec import inspect
 
 from swarm.blocks.fingerprint import VOLATILE_KEYS, fingerprint
-from swarm.dht import announcer, kademlia, records
+from swarm.dht import announcer, keeping, neighbours, node_ids, records, search
 from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, PeerState, Throughput
+from swarm.dht.node_ids import node_id_of
 from swarm.net import forms, inbound, messages, transport
 from swarm.net.framing import LENGTHS
 from swarm.net.identity import Identity
@@ -190,7 +192,11 @@ def test_states_are_those_of_the_code() -> None:
         f"may differ by {records.CLOCK_SKEW:g} seconds",
         f"again every {announcer.PERIOD:g} seconds",
         f"to expire after {2 * announcer.PERIOD:g}",
-        f"at the {kademlia.REPLICAS} nearest nodes",
+        f"at the {keeping.REPLICAS} nearest nodes that answer",
+        f"to more than {neighbours.PER_NETWORK} of one",
+        f"{node_ids.MAX_NAMED} at most for a key",
+        f"ids of keys, at most {search.KEYS_PER_CALL}",
+        f"`{node_ids._DOMAIN.decode()}`",
         f"`{MODELS_KEY}`",
         f"the {len(records._DOMAIN)} bytes `{records._DOMAIN.decode()}`",
         " ".join(f"`{key}`" for key in sorted(VOLATILE_KEYS)),
@@ -220,6 +226,7 @@ def examples() -> list[str]:
         page_keys(range(32, 64), parent=first).hex(),
         records.sign(identity, "m.0", b"\x80", 1e9).signature.hex(),
         identity.peer,
+        node_id_of(base58.b58decode(identity.peer)).hex(),
         fingerprint({"model_type": "m", "dtype": "x"}, {"a": sha256().hexdigest()}),
     ]
 
