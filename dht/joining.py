@@ -1,8 +1,9 @@
 """Joining a swarm: an identity, the network, and the records of the swarm.
 
-Owns the order in which these start and close, and that a peer which was there before finds back when those it
-was to join by are gone. The heavy libraries behind them are imported off the event loop, when needed.
-Knows nothing of models, nor what its caller wants in the swarm.
+Owns the order in which these start and close, that a peer which was there before finds back when those it was
+to join by are gone, and that one whom nobody reaches starts again behind relays. The heavy libraries behind
+them are imported off the event loop, when needed. Knows nothing of models, nor what its caller wants in the
+swarm.
 """
 
 import asyncio
@@ -11,15 +12,26 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from swarm.dht.reaching import (
+    Listening,
+    look_back,
+    outer_address,
+    relaying_of,
+    relays_among,
+    say_hidden,
+)
 from swarm.dht.store import RecordStore, StoreUnreachable
 from swarm.errors import InputError, SwarmError
+from swarm.net.addresses import outward
 from swarm.net.entrance import Entrance
 from swarm.net.identity import Identity
 from swarm.net.peer_memory import MAX_PEERS, PeerMemory
+from swarm.net.reachability import listening_port, own_addresses
+from swarm.net.relaying import Relaying
 from swarm.net.transport import PeerUnreachable, Transport
 
 logger = logging.getLogger(__name__)
@@ -39,14 +51,6 @@ class Network:
     transport: Transport
     store: RecordStore
     is_new: bool = False
-
-
-@dataclass(frozen=True)
-class Listening:
-    """Where a peer that serves others listens, and what it tells them instead."""
-
-    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
-    announce_maddrs: tuple[str, ...] = ()
 
 
 async def join(
@@ -110,22 +114,67 @@ async def _start(
     who: Identity,
     listening: Listening | None,
 ) -> Network:
-    libp2p, kademlia = await import_network()
     async with AsyncExitStack() as starting:
-        transport = await libp2p.Libp2pTransport.start(
-            who,
-            addresses,
-            listening.host_maddrs if listening else (),
-            listening.announce_maddrs if listening else (),
-            routes_for_others=listening is not None,
-            door=entrance.door,
-        )
-        starting.push_async_callback(transport.close)
-        store = await kademlia.KademliaStore.start(transport, addresses, client_mode=listening is None)
-        starting.push_async_callback(store.close)
+        ips = await asyncio.to_thread(own_addresses)
+        relaying = relaying_of(addresses, listening, sorted(ips))
+        network = await _enter(starting, entrance, addresses, who, listening, relaying)
+        if listening is not None:
+            better = await _better(network, addresses, listening)
+            if better is not None:
+                await starting.aclose()
+                network = await _enter(starting, entrance, addresses, who, *better)
         if entrance.memory is not None:
-            await starting.enter_async_context(_remembering(entrance.memory, store))
+            await starting.enter_async_context(_remembering(entrance.memory, network.store))
         stack.push_async_exit(starting.pop_all())
+    return network
+
+
+async def _better(
+    network: Network, addresses: Sequence[str], listening: Listening
+) -> tuple[Listening, Relaying] | None:
+    """How a peer is to start again so that others reach it; None if that is not needed, or of no use."""
+    transport = network.transport
+    said = await look_back(transport, addresses)
+    if said is None:
+        return None
+    own = await transport.addresses()
+    port = listening_port(own)
+    if said.is_reached:
+        outer = outer_address(said, own, port or 0)
+        if outer is None or listening.announce_maddrs:
+            return None
+        told = (outer, *(address.rpartition("/p2p/")[0] for address in outward(own)))
+        listens = tuple(address.replace("/tcp/0", f"/tcp/{port}") for address in listening.host_maddrs)
+        known = replace(listening, host_maddrs=listens, announce_maddrs=told)
+        return known, relaying_of(addresses, known, ())
+    relays: list[str] = []
+    if listening.relays is None and not listening.announce_maddrs:
+        relays = await relays_among(transport, network.store, addresses)
+    say_hidden(listening, port, relays)
+    return (listening, Relaying(uses=True, through=tuple(relays))) if relays else None
+
+
+async def _enter(
+    stack: AsyncExitStack,
+    entrance: Entrance,
+    addresses: Sequence[str],
+    who: Identity,
+    listening: Listening | None,
+    relaying: Relaying,
+) -> Network:
+    libp2p, kademlia = await import_network()
+    transport = await libp2p.Libp2pTransport.start(
+        who,
+        addresses,
+        listening.host_maddrs if listening else (),
+        listening.announce_maddrs if listening else (),
+        routes_for_others=listening is not None,
+        relaying=relaying,
+        door=entrance.door,
+    )
+    stack.push_async_callback(transport.close)
+    store = await kademlia.KademliaStore.start(transport, addresses, client_mode=listening is None)
+    stack.push_async_callback(store.close)
     return Network(who, transport, store, is_new=not addresses)
 
 

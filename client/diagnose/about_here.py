@@ -9,6 +9,7 @@ from swarm.client.diagnose.nat import Nat, View, nat_of
 from swarm.client.diagnose.seen import PeerSeen, Seen, Told
 from swarm.dht.records import CLOCK_SKEW
 from swarm.net.addresses import endpoint_of, ip_of
+from swarm.net.relaying import is_relayed
 from swarm.version import VERSION
 
 NOTABLE_SKEW = 1.0
@@ -42,7 +43,7 @@ def about_nat(seen: Seen) -> Iterator[Finding]:
     where = f" as {' and '.join(outer)}" if outer else ""
     forward = (
         f"{FOR_A_SERVER}: for one, forward its TCP port on the router, and tell others the outer address with"
-        " --announce-maddrs."
+        " --public-ip."
     )
     sentences: dict[Nat, tuple[Level, str, str]] = {
         "none": ("ok", "No router translates this machine's addresses on the way to others.", ""),
@@ -74,6 +75,12 @@ def about_nat(seen: Seen) -> Iterator[Finding]:
         ),
     }
     level, cause, advice = sentences[kind]
+    if kind == "unknown" and is_relayed([peer.told.address for peer in seen.answering if peer.told]):
+        level, cause = (
+            "ok",
+            "All peers were reached through relays, which do not show a NAT before this machine.",
+        )
+        advice = "Join by the address of a peer that is reached straight, to be told of it."
     seen_as = [{"observer": view.observer, "ip": view.ip, "port": view.port} for view in views]
     yield Finding("nat", level, cause, advice, {"kind": kind, "seen_as": seen_as})
 
@@ -103,15 +110,20 @@ def about_reachability(seen: Seen) -> Iterator[Finding]:
             "reachable", "ok", f"{whose} that were asked could connect to {addresses}{near}.", facts=facts
         )
     elif tried:
-        level: Level = "problem" if seen.is_port_asked else "warning"
+        level: Level = "problem" if seen.is_port_asked and not seen.relays else "warning"
+        relay = (
+            "Else it is reached through a relay, which is slower."
+            if seen.relays
+            else "Else nobody reaches it: no peer that was asked is a relay (--relay)."
+        )
         addresses = " and ".join(sorted({one.address for one in tried}))
         yield Finding(
             "reachable",
             level,
             f"No peer that was asked could connect to {addresses}.",
             f"{FOR_A_SERVER}: for one, let {port} in through this machine's firewall, and forward it on the"
-            " router if there is one.",
-            facts,
+            f" router if there is one, whose address is then its --public-ip. {relay}",
+            {**facts, "relays": seen.relays},
         )
     else:
         why = answers[0].refusal if answers else "Nobody was asked."

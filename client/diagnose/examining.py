@@ -143,6 +143,9 @@ class Examination:
                 if peer.peer is not None
             )
         )
+        if not any(answer.is_reached for answer in self._seen.dialled_back):
+            relaying = (self._probe.relays(peer.peer) for peer in asked if peer.peer is not None)
+            self._seen.relays = sum(await concurrently(*relaying))
 
 
 def by_peer(addresses: Sequence[str]) -> list[list[str]]:

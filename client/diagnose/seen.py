@@ -103,6 +103,8 @@ class Seen:
     models: list[ModelSeen] | None = None
     servers: dict[PeerId, PeerSeen] = field(default_factory=dict)
     dialled_back: list[DialledBack] | None = None
+    relays: int = 0
+    """How many of those who answer would relay to this machine; not counted where it is reached."""
     unfinished: str = ""
     """What was being looked at when the time was over."""
 

@@ -1,6 +1,7 @@
 """A peer that keeps a swarm joinable: it serves no blocks, loads no model, and stands on nobody's route.
 
-Others join by it, and it keeps records for them as every peer that listens does. Knows no model.
+Others join by it, and it keeps records for them, relays, and tells who is reached, as every peer that listens
+does. Knows no model.
 """
 
 from contextlib import AsyncExitStack
@@ -9,6 +10,7 @@ from swarm.net.transport import Transport
 from swarm.server.config import ServerConfig
 from swarm.server.entering import enter, way_in
 from swarm.server.events import BootstrapEvents
+from swarm.server.greeting import Greeter
 from swarm.server.invite import Invite
 from swarm.server.stopping import Stopping, unless
 
@@ -25,6 +27,7 @@ async def keep_joinable(config: ServerConfig, stopping: Stopping, *, as_json: bo
         events = BootstrapEvents(Invite.of(config, entrance), as_json=as_json)
         network = await unless(stopping.asked, enter(stack, config, identity, entrance))
         if network is not None:
+            await network.transport.listen(Greeter(network.transport).on_stream)
             addresses = await network.transport.addresses()
             events.listening(identity.peer, addresses, is_first=network.is_new)
             await unless(stopping.asked, _until_failed(network.transport))

@@ -5,6 +5,7 @@ Must not know how any of it is done. Light to import: `--help` waits for this mo
 
 import argparse
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from swarm.cli import count, duration, file_path, number, port, size
@@ -21,8 +22,8 @@ JOIN_TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """One server. `None` leaves a choice to the machine: a fresh identity, what memory allows, and of blocks
-    those that the swarm needs most, `num_blocks` of them.
+    """One server. `None` leaves a choice to the machine: a fresh identity, what memory allows, whether it
+    `relays`, and of blocks those that the swarm needs most, `num_blocks` of them.
 
     `memory_limit` and `max_vram` are in bytes, times in seconds. Without `evict_after` blocks stay loaded,
     without a `metrics_port` there are no metrics.
@@ -51,6 +52,7 @@ class ServerConfig:
     metrics_port: int | None = None
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
+    relays: bool | None = None
     public_name: str = ""
     timeout: float = JOIN_TIMEOUT
 
@@ -200,6 +202,25 @@ def _where_options(where: argparse._ArgumentGroup) -> None:
         " forwards a port (default: those)",
     )
     where.add_argument(
+        "--public-ip",
+        metavar="IP",
+        help="tell others this IP address, from which a router forwards --port here (default: those of this"
+        " machine)",
+    )
+    relaying = where.add_mutually_exclusive_group()
+    relaying.add_argument(
+        "--relay",
+        action="store_true",
+        help="relay for servers that cannot be reached, though this one has no address of the internet"
+        " (default: where it has one)",
+    )
+    relaying.add_argument(
+        "--no-relay",
+        action="store_true",
+        help="neither relay for others nor be reached through relays (default: use one where others cannot"
+        " connect to this server)",
+    )
+    where.add_argument(
         "--new-swarm-key",
         metavar="FILE",
         type=file_path,
@@ -258,7 +279,8 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         evict_after=args.evict_after,
         metrics_port=args.metrics_port,
         host_maddrs=_host_maddrs(args.port, tuple(args.host_maddrs)),
-        announce_maddrs=tuple(args.announce_maddrs),
+        announce_maddrs=_announced(args.public_ip, args.port, tuple(args.announce_maddrs)),
+        relays=False if args.no_relay else args.relay or None,
         public_name=args.public_name,
         timeout=args.timeout,
     )
@@ -277,6 +299,25 @@ def _host_maddrs(port: int | None, given: tuple[str, ...]) -> tuple[str, ...]:
     if given and port is not None:
         raise InputError("--port and --host-maddrs both say where to listen.", "Give one of them.")
     return given or (f"/ip4/0.0.0.0/tcp/{port or 0}",)
+
+
+def _announced(public_ip: str | None, port: int | None, given: tuple[str, ...]) -> tuple[str, ...]:
+    if public_ip is None:
+        return given
+    if given:
+        raise InputError(
+            "--public-ip and --announce-maddrs both say what to tell others.", "Give one of them."
+        )
+    if not port:
+        raise InputError(
+            "--public-ip takes a port that stays the same.",
+            "Give the port that the router forwards, too: --port 31330 --public-ip IP.",
+        )
+    try:
+        ip = ip_address(public_ip)
+    except ValueError:
+        raise InputError(f"'{public_ip}' is not an IP address.", "It looks like 203.0.113.5.") from None
+    return (f"/ip{ip.version}/{ip}/tcp/{port}",)
 
 
 def _blocks(text: str) -> Span | None:

@@ -3,7 +3,8 @@
 import asyncio
 from contextlib import AsyncExitStack
 
-from swarm.dht.joining import Listening, Network, join
+from swarm.dht.joining import Network, join
+from swarm.dht.reaching import Listening
 from swarm.errors import SwarmError
 from swarm.net.entrance import Entrance, entrance
 from swarm.net.identity import Identity
@@ -41,9 +42,8 @@ async def enter(
     """
     try:
         async with asyncio.timeout(config.timeout):
-            return await join(
-                stack, entrance, identity, Listening(config.host_maddrs, config.announce_maddrs)
-            )
+            listening = Listening(config.host_maddrs, config.announce_maddrs, config.relays)
+            return await join(stack, entrance, identity, listening)
     except TimeoutError as error:
         raise SwarmError(
             f"The swarm was not reached within {config.timeout:g} seconds.",

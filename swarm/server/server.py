@@ -7,6 +7,7 @@ started is `startup`'s business, what people see of it all is `events`'.
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,8 @@ from swarm.dht.announcer import PERIOD, Announcer
 from swarm.dht.directory import Directory
 from swarm.dht.joining import Network
 from swarm.errors import SwarmError
+from swarm.net.relaying import is_relayed
+from swarm.net.transport import TransportError
 from swarm.server.admission import Limits
 from swarm.server.arranging import Arranging
 from swarm.server.cell import ShardCell
@@ -166,6 +169,7 @@ class Server:
             name=self._name,
             version=VERSION,
             addresses=self._addresses,
+            relayed=is_relayed(self._addresses),
             rtts=self._directory.next_rtts(cell.span),
             mobility=arranging.mobility if arranging else "fixed",
             undecided=arranging.is_undecided if arranging else False,
@@ -212,13 +216,19 @@ class Server:
             while True:
                 await asyncio.sleep(FRESHEN_PERIOD)
                 before = self._announced
+                with suppress(TransportError):  # that it failed is said where that is watched
+                    self._addresses = tuple(await self._network.transport.addresses())[:MAX_ADDRESSES]
                 if before is None or self._is_outdated(before):
                     self._announcer.changed()
 
     def _is_outdated(self, announced: Announcement) -> bool:
         kv_tokens_left = self.cell.engine.kv_tokens_left if self.cell.engine else 0
         neighbours = self._directory.next_rtts(self.cell.span)
-        return announced.kv_tokens_left != kv_tokens_left or announced.rtts.keys() != neighbours.keys()
+        return (
+            announced.kv_tokens_left != kv_tokens_left
+            or announced.rtts.keys() != neighbours.keys()
+            or announced.addresses != self._addresses
+        )
 
     async def _watch_network(self) -> None:
         raise await self._network.transport.wait_failed()

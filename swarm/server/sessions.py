@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 
+from swarm.allowance import Allowance
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.net.calls import MessageStream
 from swarm.net.messages import (
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 UNKNOWN = "This stream carries no such session: open it first."
 
+WAYS_PER_SECOND, WAYS_AT_ONCE = 2.0, 128
+"""How often one client may have this server dial others: all its sessions may move and go on at once."""
+
 LAST_WORDS = 1.0
 """Seconds for what was said last to leave, before a server that drains ends its streams."""
 
@@ -71,6 +75,7 @@ class Sessions:
         self._limits = limits or Limits()
         self._metrics = metrics or Metrics(cell)
         self._witness = witness or Witness(transport)
+        self._ways = Allowance(WAYS_PER_SECOND, WAYS_AT_ONCE)
         self._seats: set[Seat] = set()
         self.last_ended_at = 0.0  # in the loop's time; 0 if no session has ended yet
         self._changed = asyncio.Event()
@@ -204,6 +209,10 @@ class Sessions:
         if hosted is None or hosted.terms.session_id != asked.session_id:
             number = asked.number if isinstance(asked, Step) else None
             return Error(code="unknown_session", message=UNKNOWN, number=number)
+        if isinstance(asked, Link | HandOver):
+            wait = self._ways.take(seat.peer, asyncio.get_running_loop().time())
+            if wait:
+                return refusal("no_capacity", "You have this server go to others too often.", wait)
         if isinstance(asked, Link):
             hosted.link(asked)
         else:

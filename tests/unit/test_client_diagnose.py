@@ -287,6 +287,29 @@ async def test_a_machine_that_nobody_reaches(port_asked: bool, level: str) -> No
 
 
 @in_virtual_time
+async def test_a_machine_that_nobody_reaches_but_by_a_relay() -> None:
+    async with scene(dialled="silent") as one:
+        await one.announce("a", 0, 6)
+        one.swarm.network.relays[Identity.from_seed("a").peer] = 2**40
+        seen = await one.examine(
+            address_of("a"), local=["10.0.0.2"], seen_at=f"/ip4/{ROUTER}/tcp/5000", port_asked=True
+        )
+        (found,) = told_of(seen, "reachable")
+        assert (found.level, found.facts["relays"]) == ("warning", 1)
+        assert "through a relay" in found.advice
+
+
+@in_virtual_time
+async def test_who_is_reached_through_a_relay_sees_no_nat() -> None:
+    async with scene() as one:
+        await one.announce("a", 0, 6)
+        seen = await one.examine(address_of("a"), seen_at=f"/ip4/{ROUTER}/tcp/1/p2p-circuit")
+        (nat,) = told_of(seen, "nat")
+        assert (nat.level, nat.facts["kind"]) == ("ok", "unknown")
+        assert "relays" in nat.cause
+
+
+@in_virtual_time
 async def test_a_model_without_some_blocks() -> None:
     async with scene() as one:
         await one.announce("a", 0, 3)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from swarm.dht import joining
-from swarm.dht.joining import Listening, Network, join, require_peers
+from swarm.dht.joining import Network, join, require_peers
+from swarm.dht.reaching import Listening
 from swarm.errors import InputError
 from swarm.net.entrance import Entrance, entrance
 from swarm.net.identity import Identity

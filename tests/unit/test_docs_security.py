@@ -2,10 +2,11 @@
 
 import pytest
 
-from swarm.dht import kademlia, records
+from swarm.dht import kademlia, keeping, records
 from swarm.net import inbound, transport
+from swarm.net.addresses import MAX_ADDRESSES
 from swarm.page_keys import PAGE_TOKENS
-from swarm.server import admission, hosted
+from swarm.server import admission, hosted, sessions
 from tests.pages import ROOT, Page
 
 TEXT = " ".join(Page(ROOT / "docs" / "security.md").text.split())
@@ -23,7 +24,9 @@ LIMITS = admission.Limits()
         f"does not read its answers | {LIMITS.send / 60:g} minute",
         f"kept for others | {kademlia.MAX_STORED_RECORDS:,}, of {records.MAX_RECORD_BYTES // 1024} KiB",
         f"none outlives {records.MAX_LIFETIME / 60:g} minutes",
-        f"{kademlia.REPLICAS} of them keep each one",
+        f"{keeping.REPLICAS} of them keep each one",
+        f"{sessions.WAYS_AT_ONCE} times at once and then twice a second",
+        f"at most {MAX_ADDRESSES} a peer",
         f"in steps of {PAGE_TOKENS}",
     ],
 )

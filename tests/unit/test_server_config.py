@@ -143,6 +143,37 @@ def test_a_port_beside_multiaddrs(capsys: pytest.CaptureFixture[str]) -> None:
         config_from(args)
 
 
+def test_an_outer_address_is_what_others_are_told() -> None:
+    config = config_from(parsed("--port", "31330", "--public-ip", "203.0.113.5"))
+    assert config.announce_maddrs == ("/ip4/203.0.113.5/tcp/31330",)
+    assert config.host_maddrs == ("/ip4/0.0.0.0/tcp/31330",)
+    config = config_from(parsed("--port", "7", "--public-ip", "2001:db8::1"))
+    assert config.announce_maddrs == ("/ip6/2001:db8::1/tcp/7",)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--public-ip", "203.0.113.5"), "a port that stays"),
+        (("--public-ip", "203.0.113.5", "--port", "0"), "a port that stays"),
+        (("--public-ip", "home.example", "--port", "1"), "not an IP address"),
+        (("--public-ip", "1.1.1.1", "--port", "1", "--announce-maddrs", "/ip4/1.1.1.1/tcp/1"), "both say"),
+    ],
+)
+def test_an_outer_address_that_cannot_be_told(options: tuple[str, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        config_from(parsed(*options))
+
+
+def test_relays_are_used_as_it_fits_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_from(parsed()).relays is None
+    assert config_from(parsed("--relay")).relays is True
+    assert config_from(parsed("--no-relay")).relays is False
+    with pytest.raises(SystemExit):
+        parsed("--relay", "--no-relay")
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["x" * 101, "two\nlines", "\x1b[31mred"])
 def test_a_public_name_that_cannot_be_announced(name: str) -> None:
     with pytest.raises(InputError, match="public name"):

@@ -14,6 +14,7 @@ from swarm.net.messages import (
     Error,
     Fed,
     Feed,
+    HandOver,
     Link,
     Linked,
     Onward,
@@ -25,7 +26,7 @@ from swarm.net.messages import (
 )
 from swarm.net.transport import Stream, StreamClosed
 from swarm.net.virtual_time import in_virtual_time
-from swarm.server import hosted
+from swarm.server import hosted, sessions
 from swarm.server import onward as onwards
 from tests.hosting import (
     HIDDEN,
@@ -164,6 +165,21 @@ async def test_what_asks_for_another_session_than_the_linked_one_is_not_pushed()
         assert not (await ask(one, stepping(1, 1), values(1))).pushed
         assert (await ask(one, stepping(2, 1, then=(onward(TWO),)), values(1))).pushed
         await silence(two)
+
+
+@in_virtual_time
+async def test_a_client_has_a_server_go_to_others_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "WAYS_AT_ONCE", 1)
+    async with servers("a", "b") as (a, b):
+        one, _ = await linked(a, b)
+        for asked in (
+            link(ONE, b, TWO),
+            HandOver(session_id=ONE, peer=b.peer, addresses=(), to_session=TWO),
+        ):
+            error = await refusal(one, asked)
+            assert (error.code, error.retry_after) == ("no_capacity", pytest.approx(0.5, abs=0.1))
+        await asyncio.sleep(1 / sessions.WAYS_PER_SECOND)
+        assert await ask(one, link(ONE, b, TWO)) == Linked(session_id=ONE)
 
 
 @in_virtual_time
