@@ -195,7 +195,8 @@ def _bars(peer: PeerView, y: int, height: int, scale: float) -> list[Bar]:
     space = SPACES[height]
     tall = height - 2 * space
     title = f"{name_of(peer)}: {state_text(peer)}, {blocks_text(peer.blocks)}"
-    kind = f"{peer.state} lost" if peer.reachable is False else peer.state
+    is_lost = peer.reachable is False or peer.serves is False
+    kind = f"{peer.state} lost" if is_lost else peer.state
     bars = [Bar(x, y + space, width, tall, kind, title)]
     if peer.state == "joining":
         bars.append(Bar(x, y + space, width * peer.progress, tall, "loaded", title))

@@ -30,6 +30,11 @@ GAUGES: tuple[tuple[str, str, Callable[[ModelView], float]], ...] = (
         "Listed peers that could not be reached the last time.",
         lambda model: sum(peer.reachable is False for peer in model.peers),
     ),
+    (
+        "peers_not_serving",
+        "Listed peers that announce blocks and open no session for them.",
+        lambda model: sum(peer.serves is False for peer in model.peers),
+    ),
 )
 
 

@@ -15,6 +15,7 @@ import msgspec
 from swarm.dht.announcement import Announcement, ModelEntry
 from swarm.health import coverage
 from swarm.health.coverage import Run
+from swarm.health.inspecting import Inspection
 from swarm.net.transport import PeerId
 from swarm.spans import Span
 
@@ -70,6 +71,8 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     relayed: bool
     reachable: bool | None
+    serves: bool | None
+    """Whether it opened a session for what it announces; null if it was not asked yet."""
     rtt_ms: float | None
     reached_at: float | None
 
@@ -96,7 +99,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     copies: int
     missing: tuple[Span, ...]
     unreached: tuple[Span, ...]
-    """Blocks that are served only by peers which could not be reached from here."""
+    """Blocks that are served only by peers which could not be reached from here, or do not serve."""
     tokens_per_s: float
     stream_tokens_per_s: float
     kv_tokens_left: int
@@ -148,6 +151,7 @@ class Seen:
     models: Sequence[ModelEntry] = ()
     announcements: Mapping[str, Sequence[Announcement]] = field(default_factory=dict)
     reach: Mapping[PeerId, Reach] = field(default_factory=dict)
+    inspected: Mapping[PeerId, Inspection] = field(default_factory=dict)
     history: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
     initial_peers: Sequence[str] = ()
     is_private: bool = False
@@ -169,9 +173,18 @@ def state_of(seen: Seen) -> SwarmState:
         read_at=seen.read_at,
         error=seen.error,
         models=tuple(views),
-        contributors=contributors(seen.models, servers),
+        contributors=contributors(seen.models, _honest(servers, seen)),
         dropped=dict(seen.dropped),
     )
+
+
+def _honest(servers: Mapping[str, Sequence[Announcement]], seen: Seen) -> dict[str, list[Announcement]]:
+    """`servers` without those who were found not to serve."""
+    pretending = {peer for peer, inspected in seen.inspected.items() if not inspected.serves}
+    return {
+        model_id: [one for one in listed if one.peer_id not in pretending]
+        for model_id, listed in servers.items()
+    }
 
 
 def shares(wanted: Sequence[int], total: int) -> list[int]:
@@ -241,12 +254,12 @@ def _model_view(seen: Seen, model: ModelEntry, servers: Sequence[Announcement], 
         coverage=tuple(coverage.runs(held)),
         copies=int(held.min()),
         missing=tuple(coverage.gaps(held)),
-        unreached=_unreached(serving, model.num_blocks, seen.reach),
+        unreached=_unreached(serving, model.num_blocks, seen),
         tokens_per_s=coverage.capacity(serving, model.num_blocks),
         stream_tokens_per_s=coverage.stream_rate(serving, model.num_blocks),
         kv_tokens_left=int(room.min()),
         states=dict(Counter(map(seen_state, servers))),
-        peers=tuple(_peer_view(server, seen.reach) for server in servers[:most]),
+        peers=tuple(_peer_view(server, seen) for server in servers[:most]),
         peers_left_out=len(servers) - most,
         help=Help(
             blocks=wanted,
@@ -279,20 +292,18 @@ def _standing(
     return "incomplete", 0.0
 
 
-def _unreached(
-    serving: Sequence[Announcement], num_blocks: int, reach: Mapping[PeerId, Reach]
-) -> tuple[Span, ...]:
+def _unreached(serving: Sequence[Announcement], num_blocks: int, seen: Seen) -> tuple[Span, ...]:
     def is_trusted(server: Announcement) -> bool:
-        last = reach.get(server.peer_id)
-        return last is None or last.is_reachable
+        last, inspected = seen.reach.get(server.peer_id), seen.inspected.get(server.peer_id)
+        return (last is None or last.is_reachable) and (inspected is None or inspected.serves)
 
     held = coverage.copies(serving, num_blocks)
     reached = coverage.copies(filter(is_trusted, serving), num_blocks)
     return tuple(coverage.gaps((reached > 0) | (held == 0)))
 
 
-def _peer_view(server: Announcement, reach: Mapping[PeerId, Reach]) -> PeerView:
-    last = reach.get(server.peer_id)
+def _peer_view(server: Announcement, seen: Seen) -> PeerView:
+    last, inspected = seen.reach.get(server.peer_id), seen.inspected.get(server.peer_id)
     rates = server.throughput
     return PeerView(
         peer=server.peer,
@@ -311,6 +322,7 @@ def _peer_view(server: Announcement, reach: Mapping[PeerId, Reach]) -> PeerView:
         version=server.version,
         relayed=server.relayed,
         reachable=None if last is None else last.is_reachable,
+        serves=None if inspected is None or server.state != "serving" else inspected.serves,
         rtt_ms=None if last is None or last.rtt is None else round(last.rtt * 1000, 3),
         reached_at=None if last is None else last.at,
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from swarm.dht.joining import Network
 from swarm.errors import SwarmError
 from swarm.health.history import History
+from swarm.health.inspecting import Inspections
 from swarm.health.probes import Probes
 from swarm.health.reading import ROUND_TIMEOUT, Records
 from swarm.health.state import Reach, Sample, Seen, sample_of, state_of
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 PERIOD = 5.0
 """Seconds between two readings of the records."""
+
+INSPECT_PERIOD = 10.0
+"""Seconds between two rounds of looking whether peers serve."""
 
 SAMPLE_PERIOD = 60.0
 """Seconds between two samples for the history."""
@@ -47,6 +51,7 @@ class Watch:
         self.started = int(self.now() * 1000)
         self.period = period
         self.probes = Probes(network.transport, network.store.now)
+        self.inspections = Inspections(network.transport, network.store.now)
         self.records = Records(network.store)
         self.state = state_of(Seen(self.peer, VERSION, at=self.now()))
         self.version = 0
@@ -70,6 +75,7 @@ class Watch:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._read_forever(), name="health: read the records")
             tasks.create_task(self._probe_forever(), name="health: ping the peers")
+            tasks.create_task(self._inspect_forever(), name="health: look whether peers serve")
             if self._history is not None:
                 tasks.create_task(self._remember_forever(self._history), name="health: keep the history")
 
@@ -83,6 +89,12 @@ class Watch:
         """Ping those whose turn it is, and make the state anew."""
         announced = self.records.announcements().values()
         await self.probes.round({one.peer_id: one.addresses for listed in announced for one in listed})
+        await self._renew()
+
+    async def inspect(self) -> None:
+        """Look whether those whose turn it is serve what they announce, and make the state anew."""
+        announced = self.records.announcements().values()
+        await self.inspections.round(one for listed in announced for one in listed)
         await self._renew()
 
     async def remember(self, history: History) -> None:
@@ -126,6 +138,7 @@ class Watch:
             models=self.records.models,
             announcements=self.records.announcements(),
             reach=self.probes.reaches(),
+            inspected=self.inspections.known(),
             history=self._points,
             initial_peers=self._initial_peers,
             is_private=self._is_private,
@@ -143,6 +156,12 @@ class Watch:
             await self._is_unprobed.wait()
             self._is_unprobed.clear()
             await self.probe()
+
+    async def _inspect_forever(self) -> None:
+        await self.newer_than(0)
+        while True:
+            await asyncio.sleep(INSPECT_PERIOD)
+            await self.inspect()
 
     async def _remember_forever(self, history: History) -> None:
         await self.newer_than(0)

@@ -24,16 +24,22 @@ from swarm.allowance import MAX_CLIENTS, Allowance
 from swarm.dht.announcement import MODELS_KEY, ModelEntry, Throughput, block_key
 from swarm.dht.records import sign
 from swarm.dht.store import StoreUnreachable
+from swarm.health import inspecting
 from swarm.health import web as web_room
 from swarm.health.command import SIGNALS, Stopping
 from swarm.health.drawing import MAX_LANES, lanes, map_of, number, ticks
 from swarm.health.history import History
+from swarm.health.inspecting import INNOCENT, PERIOD, RETRY_PERIOD
 from swarm.health.probes import PER_ROUND
 from swarm.health.reading import REMEMBERED
 from swarm.health.watch import Watch
 from swarm.health.web import HEADERS, HealthSite
+from swarm.net.calls import MessageStream
 from swarm.net.identity import Identity
+from swarm.net.messages import Error, ErrorCode
+from swarm.net.transport import Stream
 from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
+from swarm.spans import Span
 from tests.health_swarm import LIFETIME, TINY, AnnouncedSwarm
 
 FIVE = Throughput(decode=5.0)
@@ -449,6 +455,71 @@ async def test_peers_are_pinged_in_turn() -> None:
     await asyncio.sleep(1)
     await page.watch.probe()
     assert all(peer.reachable for peer in page.watch.state.models[0].peers)
+
+
+@in_virtual_time
+async def test_who_announces_and_does_not_serve_is_shown_as_that() -> None:
+    swarm = AnnouncedSwarm(loop_now)
+    page = Page(swarm)
+    long = {"throughput": FIVE, "lifetime": 1000.0}
+    await swarm.announce("honest", 0, 3, **long)
+    await swarm.announce("liar", 0, 6, serves=False, **long)
+    await swarm.announce("asleep", 0, 6, "joining", asleep=True, serves=False, lifetime=1000.0)
+    async with running(page.watch):
+        await asyncio.sleep(15)
+        assert not any(peer.serves is False for peer in page.watch.state.models[0].peers), "one miss only"
+        await asyncio.sleep(RETRY_PERIOD + 10)
+        (model,) = page.watch.state.models
+        assert {peer.name: peer.serves for peer in model.peers} == {
+            "honest": True,
+            "liar": False,
+            "asleep": None,
+        }
+        assert all(peer.reachable for peer in model.peers)
+        assert model.unreached == (Span(3, 6),)
+        assert [one.name for one in page.watch.state.contributors] == ["honest"]
+        assert "opens no session</strong>" in (await page.ask("/")).text
+        assert "swarm_health_model_peers_not_serving" in (await page.ask("/metrics")).text
+        swarm.serve("liar")
+        await asyncio.sleep(RETRY_PERIOD + 10)
+        assert all(peer.serves for peer in page.watch.state.models[0].peers if peer.state == "serving")
+
+
+@in_virtual_time
+@pytest.mark.parametrize("code", sorted(INNOCENT))
+async def test_who_has_no_room_or_admits_others_serves_all_the_same(code: ErrorCode) -> None:
+    swarm = AnnouncedSwarm(loop_now)
+    page = Page(swarm)
+
+    async def refuse(stream: Stream) -> None:
+        calls = MessageStream(stream)
+        await calls.receive()
+        await calls.send(Error(code=code, message="Not now."))
+        await calls.receive()
+
+    said = await swarm.announce("a", 0, 6, lifetime=1000.0)
+    await swarm.transports["a"].listen(refuse)
+    await page.watch.refresh()
+    for _ in range(3):
+        await page.watch.inspect()
+        await asyncio.sleep(PERIOD + 1)
+    assert page.watch.inspections.known()[said.peer_id].serves
+
+
+@in_virtual_time
+async def test_few_are_inspected_at_a_time_and_each_rarely() -> None:
+    swarm = AnnouncedSwarm(loop_now)
+    page = Page(swarm)
+    for index in range(inspecting.PER_ROUND + 3):
+        await swarm.announce(f"p{index}", 0, 1, lifetime=1000.0)
+    await page.watch.refresh()
+    for expected in (inspecting.PER_ROUND, inspecting.PER_ROUND + 3):
+        await page.watch.inspect()
+        assert len(page.watch.inspections.known()) == expected
+    before = page.watch.inspections.known()
+    await asyncio.sleep(PERIOD / 2)
+    await page.watch.inspect()
+    assert page.watch.inspections.known() == before
 
 
 @in_virtual_time
