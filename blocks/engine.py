@@ -51,6 +51,7 @@ class Engine:
         self.shard_bytes = loaded.shard_bytes
         self.kv_tokens = loaded.pages * PAGE_TOKENS
         self.max_step_tokens = max_step_tokens(loaded)
+        self.threads = torch.get_num_threads()
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._loaded = loaded
         self._compute = Compute(loaded)
@@ -80,6 +81,7 @@ class Engine:
         """
         loaded = await asyncio.to_thread(load, model, span, config, on_progress)
         engine = cls(loaded, overcommit=config.overcommit, prefix_cache=config.prefix_cache)
+        engine.threads = config.threads or torch.get_num_threads()
         if config.threads is not None:
             engine._thread.submit(torch.set_num_threads, config.threads)
         return engine
@@ -375,7 +377,8 @@ class Engine:
         self._pace.learn(decoded, prefilled, seconds)
         self._pressure.ran(seconds)
         if self.on_batch is not None:
-            self.on_batch(BatchReport(len(pieces), decoded, prefilled, seconds))
+            pairs = sum(piece.segment.rows * piece.step.session.kv.blocks.size for piece in pieces)
+            self.on_batch(BatchReport(len(pieces), decoded, prefilled, seconds, pairs))
 
     def _end(self, step: PendingStep, outcome: StepResult | Exception | None = None) -> None:
         """The step gets no more rows, and its `outcome` if it has one. Safe to call again."""

@@ -106,12 +106,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """One iteration: how many steps took part, their rows, and the seconds it took."""
+    """One iteration: how many steps took part, their rows, the seconds it took, and how many (token, block)
+    pairs were computed."""
 
     steps: int
     decode_tokens: int
     prefill_tokens: int
     seconds: float
+    pairs: int
 
 
 @dataclass

@@ -59,6 +59,8 @@ class FakeStats:
 class FakeEngine:
     """Implements `SpanEngine`. `seconds` is what a step takes; `failure` is raised by the next step.
 
+    It measures `rates`, and counts how often.
+
     Pages are kept by key as soon as a step names them, and by client. Token ids become hidden states of
     the value of each id. `sessions` are what each was promised, `lengths` what each holds, whose KV is
     nothing but positions.
@@ -75,6 +77,9 @@ class FakeEngine:
     can_hand_over: bool = True
     shard_bytes: int = 1_000_000
     queue: int = 0
+    threads: int = 1
+    rates: tuple[float, float] = (100.0, 1000.0)
+    measured: int = 0
     is_closed: bool = False
     stats: FakeStats = field(default_factory=FakeStats)
     on_batch: Callable[[BatchReport], None] | None = None
@@ -184,7 +189,8 @@ class FakeEngine:
             raise StepError("unknown_session", "no such session")
 
     async def measure(self) -> tuple[float, float]:
-        return 100.0, 1000.0
+        self.measured += 1
+        return self.rates
 
     def close(self) -> None:
         self.is_closed = True

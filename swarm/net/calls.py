@@ -17,6 +17,7 @@ _ANSWERS: dict[type[AnyMessage], type[AnyMessage]] = {
     messages.Ping: messages.Pong,
     messages.Observe: messages.Observed,
     messages.DialBack: messages.DialledBack,
+    messages.Probe: messages.Probed,
     messages.Open: messages.Opened,
     messages.Step: messages.Result,
     messages.Link: messages.Linked,

@@ -2,15 +2,16 @@
 
 A stream begins with what it is for. One that a client opens carries a session, or pings: `Open` is answered
 by an `Opened`, each `Step` by a `Result`, `Link` by a `Linked`, `HandOver` by a `HandedOver`, `Ping` by a
-`Pong`, `Observe` by an `Observed`, `DialBack` by a `DialledBack`, `Close` by a `Closed`; any of them may get
-an `Error` instead. Steps are answered in their order, but need not wait for each other. Unasked, a hop says
-`Unfed` and `Leaving`.
+`Pong`, `Observe` by an `Observed`, `DialBack` by a `DialledBack`, `Probe` by a `Probed`, `Close` by a
+`Closed`; any of them may get an `Error` instead. Steps are answered in their order, but need not wait for
+each other. Unasked, a hop says `Unfed` and `Leaving`.
 
 A stream that a hop opens to the next one brings a session's steps there: `Feed` is answered by `Fed`, and the
 `Step`s after it are answered to the client. Or it brings the KV memory of a session whose hop leaves: each
 `Adopt` is answered by an `Adopted`.
 
-`Step`, `Result` and `Adopt` are followed by a body of raw little-endian values.
+`Step`, `Result` and `Adopt` are followed by a body of raw little-endian values, `Probe` and `Probed` by one
+that means nothing.
 """
 
 from typing import Annotated, Literal, TypeAlias
@@ -32,6 +33,11 @@ Number = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 PeerText = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 AddressText = Annotated[str, msgspec.Meta(max_length=300)]
 Addresses = Annotated[tuple[AddressText, ...], msgspec.Meta(max_length=16)]
+
+MAX_PROBE_BYTES = 2 * 1024 * 1024
+"""Bytes that a peer may move at most, to and fro, in order to measure the way."""
+
+ProbeSize = Annotated[int, msgspec.Meta(ge=0, le=MAX_PROBE_BYTES)]
 
 MAX_HOPS = 64
 """Hops that one step may go through without its client."""
@@ -108,6 +114,25 @@ class DialledBack(Message, frozen=True, tag="dialled_back"):
     nonce: Position
     address: AddressText
     is_reached: bool
+
+
+class Probe(Message, frozen=True, tag="probe"):
+    """Measures the way: a body of `size` bytes comes along, and one of `back` bytes is to come back.
+
+    Both together may be no more than the last `Probed` allowed; the first one brings nothing along.
+    """
+
+    nonce: Position
+    size: ProbeSize = 0
+    back: ProbeSize = 0
+
+
+class Probed(Message, frozen=True, tag="probed"):
+    """The answer to a probe, with a body of `size` bytes. Further probes may move `allowed` bytes."""
+
+    nonce: Position
+    size: ProbeSize
+    allowed: ProbeSize
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -288,6 +313,8 @@ AnyMessage: TypeAlias = (
     | Observed
     | DialBack
     | DialledBack
+    | Probe
+    | Probed
     | Open
     | Opened
     | Step
@@ -333,7 +360,7 @@ def body_bytes(message: AnyMessage) -> int:
     match message:
         case Step() | Result():
             return tensor_bytes(message.shape, message.dtype, message.codec)
-        case Adopt():
+        case Adopt() | Probe() | Probed():
             return message.size
     return 0
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from swarm.dht.announcement import Mobility
+from swarm.dht.announcement import Mobility, Throughput
 from swarm.dht.directory import Directory
 from swarm.errors import SwarmError
 from swarm.net.transport import PeerId, Transport
@@ -46,14 +46,14 @@ UNWILLING = 300.0
 """Seconds for which a server that did not go is not counted on."""
 
 STAY = 3600.0
-"""Seconds for which a server stays that could not load where it went, and had let its blocks go for that."""
+"""Seconds for which a server stays that had let its blocks go for others, and could not load them."""
 
 
 class Arranging:
     """Places the shard cell of one server, and has it moved.
 
     `mobility`, `is_undecided` and `goes_to` are for the announcement, which `announce` makes known at once.
-    Each token that a server passes on takes `token_bytes`.
+    `throughput` is what the server announces; each token that one passes on takes `token_bytes`.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Arranging:
         directory: Directory,
         transport: Transport,
         announce: Callable[[], Awaitable[None]],
+        throughput: Callable[[], Throughput],
         token_bytes: int,
     ):
         self.mobility: Mobility = "settled"
@@ -74,6 +75,7 @@ class Arranging:
         self._moving = moving
         self._directory = directory
         self._announce = announce
+        self._throughput = throughput
         self._token_bytes = token_bytes
         self._peer = transport.peer
         self._watch = Watch(directory, transport)
@@ -216,7 +218,7 @@ class Arranging:
         return Holder(
             self._peer,
             self._cell.span,
-            strength(self._cell.throughput, self._cell.span, self._token_bytes),
+            strength(self._throughput(), self._cell.span, self._token_bytes),
             serves=self._cell.phase == "serving",
             may_fill=self.mobility != "fixed",
             may_improve=self.mobility == "free",

@@ -7,7 +7,7 @@ Owns listening to the stream, what is said on it, and when it counts as idle. Wh
 import asyncio
 
 from swarm.net import messages
-from swarm.net.messages import AnyMessage, Ping, Step
+from swarm.net.messages import AnyMessage, Ping, Probe, Step
 from swarm.net.outbox import Outbox
 from swarm.net.transport import FrameError, PeerId, Stream
 from swarm.server.hosted import Hosted
@@ -21,6 +21,7 @@ class Seat:
         self.stream = stream
         self.outbox = Outbox(stream, patience)
         self.hosted: Hosted | None = None
+        self.probing = 0  # bytes that probes may still move
         self._used_at = asyncio.get_running_loop().time()
         self._idle = 0.0
         self._waiting: asyncio.Timeout | None = None
@@ -69,10 +70,14 @@ class Seat:
     async def _receive(self) -> tuple[AnyMessage, memoryview]:
         """Unlike `MessageStream`, leaves the stream open for a last word when a message is malformed.
 
-        No body is taken before a session is open.
+        No body is taken before a session is open, or a probe was allowed some.
         """
-        header, body = await self.stream.receive(self.hosted.terms.body_limit if self.hosted else 0)
+        header, body = await self.stream.receive(
+            self.hosted.terms.body_limit if self.hosted else self.probing
+        )
         message = messages.decode(header)
-        if len(body) and not isinstance(message, Step):
+        if len(body) and not isinstance(message, Step | Probe):
             raise FrameError(f"A peer sent a {type(message).__name__} with a body; only steps have one.")
+        if isinstance(message, Probe) and len(body) != message.size:
+            raise FrameError(f"A peer sent a Probe of {message.size} bytes with a body of {len(body)}.")
         return message, body

@@ -20,11 +20,14 @@ from swarm.net.relaying import is_relayed
 from swarm.net.transport import TransportError
 from swarm.server.admission import Limits
 from swarm.server.arranging import Arranging
-from swarm.server.cell import ShardCell
+from swarm.server.cell import ShardCell, measured
 from swarm.server.events import Events
+from swarm.server.gauge import Gauge
 from swarm.server.metrics import Metrics
 from swarm.server.moving import LoadSpan, Moving
 from swarm.server.sessions import Sessions
+from swarm.server.span_engine import BatchReport
+from swarm.server.strength import Strength
 from swarm.spans import Span
 from swarm.version import VERSION
 
@@ -47,7 +50,8 @@ next of them to; see `stopping`."""
 class Shard:
     """What a server is to serve: blocks `span` of `model`, once `load` has loaded them.
 
-    Unless that `is_fixed`, it is as many blocks, wherever the swarm needs them.
+    Unless that `is_fixed`, it is as many blocks, wherever the swarm needs them. `gauge` measures what was
+    loaded, and remembers it; without one it is measured each time.
     """
 
     model: ModelEntry
@@ -55,6 +59,7 @@ class Shard:
     span: Span
     load: LoadSpan
     is_fixed: bool = True
+    gauge: Gauge | None = None
     dtype: str = "auto"
     quantization: str = "none"
 
@@ -76,6 +81,7 @@ class Server:
             shard.span,
             partial(shard.load, shard.span),
             self._on_cell_change,
+            measure=shard.gauge.rates if shard.gauge else measured,
             dtype=shard.dtype,
             quantization=shard.quantization,
         )
@@ -98,6 +104,15 @@ class Server:
             span=shard.span,
             period=DIRECTORY_PERIOD,
         )
+        if shard.gauge is not None:
+            self.cell.throughput = shard.gauge.known()
+        self._strength = Strength(
+            self.cell,
+            self._directory,
+            network.transport,
+            shard.gauge.measure if shard.gauge else measured,
+            self._announcer.changed,
+        )
         self._moving = Moving(self.cell, self.sessions, shard.load, self._announce, events)
         self._arranging: Arranging | None = None
         if not shard.is_fixed:
@@ -108,6 +123,7 @@ class Server:
                 self._directory,
                 network.transport,
                 self._announce,
+                lambda: self._strength.throughput,
                 shard.hidden_size * FLOAT32_BYTES,
             )
 
@@ -161,7 +177,7 @@ class Server:
             state=cell.phase,
             progress=cell.progress,
             asleep=cell.is_asleep,
-            throughput=cell.throughput,
+            throughput=self._strength.throughput,
             kv_tokens_left=cell.engine.kv_tokens_left if cell.engine else 0,
             queue=cell.engine.queue if cell.engine else 0,
             dtype=cell.dtype,
@@ -182,6 +198,7 @@ class Server:
             "announce": self._announcer.run(self.announcement),
             "fill the cell": self._keep_filled(),
             "look around": self._look_around(),
+            "measure": self._strength.run(),
             "watch the network": self._watch_network(),
         }
         if self._arranging is not None:
@@ -254,10 +271,14 @@ class Server:
             peer, phase = self._network.identity.peer, self.cell.phase
             logger.warning("peer %s could not announce that it is %s: %r", peer, phase, error)
 
+    def _on_batch(self, report: BatchReport) -> None:
+        self.metrics.on_batch(report)
+        self._strength.on_batch(report)
+
     def _on_cell_change(self) -> None:
         engine = self.cell.engine
         if engine is not None and engine.on_batch is None:
-            engine.on_batch = self.metrics.on_batch
+            engine.on_batch = self._on_batch
         self._announcer.changed()
         if self.cell.phase != "serving":
             self._tell()

@@ -7,12 +7,14 @@ engine in the shard cell. Must not know of announcements or of this process's li
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator
 
 from swarm.allowance import Allowance
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.net.calls import MessageStream
 from swarm.net.messages import (
+    MAX_PROBE_BYTES,
     Adopt,
     Adopted,
     AnyMessage,
@@ -30,6 +32,8 @@ from swarm.net.messages import (
     Opened,
     Ping,
     Pong,
+    Probe,
+    Probed,
     Step,
     Unfed,
 )
@@ -39,6 +43,7 @@ from swarm.server.cell import ShardCell
 from swarm.server.hand_over import MAX_PIECE_BYTES
 from swarm.server.hosted import FAILED, Hosted
 from swarm.server.metrics import Metrics
+from swarm.server.probes import Probes
 from swarm.server.seat import Seat
 from swarm.server.span_engine import SpanEngine
 from swarm.server.witness import Witness
@@ -76,6 +81,7 @@ class Sessions:
         self._metrics = metrics or Metrics(cell)
         self._witness = witness or Witness(transport)
         self._ways = Allowance(WAYS_PER_SECOND, WAYS_AT_ONCE)
+        self._probes = Probes()
         self._seats: set[Seat] = set()
         self.last_ended_at = 0.0  # in the loop's time; 0 if no session has ended yet
         self._changed = asyncio.Event()
@@ -191,6 +197,8 @@ class Sessions:
                     return await self._witness.observe(seat.peer, message)
                 case DialBack():
                     return await self._witness.dial_back(seat.peer, message)
+                case Probe():
+                    return self._on_probe(seat, message)
                 case Open():
                     return await self._on_open(seat, message)
                 case Close():
@@ -267,6 +275,22 @@ class Sessions:
             takes_token_ids=terms.takes_token_ids,
             gives_token_ids=terms.gives_token_ids,
         )
+
+    def _on_probe(self, seat: Seat, asked: Probe) -> Error | None:
+        """Answer a peer that measures the way here, within what it is allowed."""
+        if seat.hosted is not None:
+            return refusal("bad_request", "This stream carries a session: measure the way on another one.")
+        if not seat.probing:
+            if wait := self._probes.take(seat.peer, asyncio.get_running_loop().time()):
+                return refusal("no_capacity", "The way here was measured often enough for now.", wait)
+            seat.probing = MAX_PROBE_BYTES
+        moved = asked.size + asked.back
+        if moved > seat.probing:
+            return refusal("bad_request", f"You may move {seat.probing} bytes more to measure the way here.")
+        seat.probing -= moved
+        answer = Probed(nonce=asked.nonce, size=asked.back, allowed=seat.probing)
+        seat.outbox.put(answer, os.urandom(asked.back))
+        return None
 
     async def _on_close(self, seat: Seat, asked: Close) -> Closed | Error:
         if seat.session_id != asked.session_id:

@@ -67,7 +67,10 @@ class EngineStats(Protocol):
 
 
 class BatchReport(Protocol):
-    """One iteration of an engine: how many steps it took up, with which tokens, and for how long."""
+    """One iteration of an engine: how many steps it took up, with which tokens, and for how long.
+
+    In all it computed `pairs` of a token and a block.
+    """
 
     @property
     def steps(self) -> int: ...
@@ -77,6 +80,8 @@ class BatchReport(Protocol):
     def prefill_tokens(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def pairs(self) -> int: ...
 
 
 class SpanEngine(Protocol):
@@ -98,6 +103,8 @@ class SpanEngine(Protocol):
     def kv_tokens_left(self) -> int: ...
     @property
     def queue(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
     @property
     def stats(self) -> EngineStats: ...
 

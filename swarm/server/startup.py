@@ -13,7 +13,9 @@ from contextlib import AsyncExitStack
 from functools import cache, partial
 from typing import Any
 
+from swarm.blocks.hardware import hardware
 from swarm.blocks.models import Model, resolve
+from swarm.cache import cache_folder
 from swarm.cli import Progress
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.joining import import_network
@@ -23,6 +25,7 @@ from swarm.server.config import ServerConfig
 from swarm.server.entering import enter, way_in
 from swarm.server.events import Events, JsonEvents, TextEvents
 from swarm.server.evicting import evict_on_request, evict_when_idle, requests
+from swarm.server.gauge import Gauge, Setting
 from swarm.server.invite import Invite
 from swarm.server.metrics_endpoint import serving
 from swarm.server.server import Server, Shard
@@ -31,6 +34,7 @@ from swarm.server.span_engine import SpanEngine
 from swarm.server.stopping import Stopping, unless
 from swarm.server.threads import cores, default_threads, servers_here
 from swarm.spans import Span
+from swarm.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) 
         span,
         partial(_load, config, model),
         is_fixed=config.blocks is not None,
+        gauge=await asyncio.to_thread(_gauge, config, model, span),
         dtype=config.dtype,
         quantization=config.quantize,
     )
@@ -102,6 +107,20 @@ async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) 
             config.model, config.blocks, model.num_blocks, is_first=network.is_new, invite=invite
         )
     return Server(shard, network, events, name=config.public_name)
+
+
+def _gauge(config: ServerConfig, model: Model, span: Span) -> Gauge:
+    setting = Setting(
+        hardware=hardware(),
+        model_id=model.model_id,
+        blocks=span.size,
+        dtype=config.dtype,
+        quantization=config.quantize,
+        device=config.device,
+        threads=config.threads or _threads(),
+        version=VERSION,
+    )
+    return Gauge(setting, cache_folder() / "speed")
 
 
 async def _find_model(config: ServerConfig, *, quiet: bool) -> tuple[Model, Span]:

@@ -5,8 +5,10 @@ import pytest
 from swarm.dht import kademlia, keeping, records
 from swarm.net import inbound, transport
 from swarm.net.addresses import MAX_ADDRESSES
+from swarm.net.messages import MAX_PROBE_BYTES
 from swarm.page_keys import PAGE_TOKENS
 from swarm.server import admission, hosted, sessions
+from swarm.server.probes import PAUSE, PAUSE_OF_ALL
 from tests.pages import ROOT, Page
 
 TEXT = " ".join(Page(ROOT / "docs" / "security.md").text.split())
@@ -20,6 +22,8 @@ LIMITS = admission.Limits()
         f"Streams | {inbound.MAX_STREAMS_PER_PEER} of one peer, {inbound.MAX_STREAMS:,} in all",
         f"Sessions | {LIMITS.sessions_per_peer} of one peer",
         f"wait in a session | {hosted.MAX_WAITING}, and {hosted.MAX_WAITING_BYTES // 2**20} MiB",
+        f"way here | {MAX_PROBE_BYTES // 2**20} MiB for one peer in {PAUSE / 60:g} minutes,"
+        f" and for all together in {PAUSE_OF_ALL / 60:g}",
         f"without a step | {LIMITS.idle / 60:g} minutes",
         f"does not read its answers | {LIMITS.send / 60:g} minute",
         f"kept for others | {kademlia.MAX_STORED_RECORDS:,}, of {records.MAX_RECORD_BYTES // 1024} KiB",
