@@ -39,6 +39,14 @@ def is_invitation(value: object) -> bool:
     return isinstance(value, str) and value.startswith(_INVITATION_START)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of names; write it like one,another")
+    return found
+
+
 def file_path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -92,7 +100,7 @@ def port(text: str) -> int:
     return int(text)
 
 
-TEXTS: tuple[Callable[[str], Any] | None, ...] = (None, str, file_path, addresses)
+TEXTS: tuple[Callable[[str], Any] | None, ...] = (None, str, file_path, addresses, names)
 """The readers whose values are texts; all others read numbers too."""
 
 

@@ -16,7 +16,7 @@ from swarm.config_text import as_toml
 from swarm.configuring import PREFIX, ConfigFile, Kind, Place, Setting, Settled, Source, read_file, settle
 from swarm.errors import InputError
 from swarm.help_text import HelpText
-from swarm.option_values import ADDRESS_START, addresses, duration, file_path
+from swarm.option_values import ADDRESS_START, addresses, duration, file_path, names
 
 DEFAULT_MODEL = "smollm2-135m"
 PEERS_OPTION = "--initial-peers"
@@ -97,6 +97,7 @@ def shared_options(
     joins: bool = True,
     model: str | None = DEFAULT_MODEL,
     names_model: bool = True,
+    may_choose_model: bool = False,
 ) -> None:
     """Add the options that every command takes, behind its own. `timeout` is its own default, in seconds.
 
@@ -104,17 +105,27 @@ def shared_options(
     `.identity`, `.allow_peers` and `.block_peers` (Paths or None), `.remembers` (bool), `.json`, `.timeout`
     (seconds) and `.verbose`. A command that `joins` no swarm of others has none of what is about joining; one
     that is about no model in particular has no `model`, and one that is about all of them unless told
-    otherwise has None for it.
+    otherwise has None for it. One that `may_choose_model` has `models` beside it, a tuple of names.
     """
     swarm = parser.add_argument_group("the swarm")
     if names_model:
         otherwise = "all models of the swarm" if model is None else model
-        swarm.add_argument(
+        naming = swarm.add_mutually_exclusive_group()
+        naming.add_argument(
             "--model",
             default=model,
             metavar="NAME",
             help=f"a local folder, a URL, a hub repository or an alias (default: {otherwise})",
         )
+        if may_choose_model:
+            naming.add_argument(
+                "--models",
+                type=names,
+                default=(),
+                metavar="A,B,C",
+                help="serve whichever of these models the swarm needs most, and go on with another when that"
+                " needs it more (default: --model alone)",
+            )
     if joins:
         _joining_options(swarm)
     swarm.add_argument(

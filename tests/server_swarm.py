@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -13,7 +13,7 @@ from swarm.dht.memory import MemoryStore
 from swarm.net import messages
 from swarm.net.calls import MessageStream, Refused
 from swarm.net.memory import MemoryNetwork
-from swarm.net.transport import PeerId
+from swarm.net.transport import PeerId, Transport
 from swarm.net.virtual_time import VirtualTimeLoop
 from swarm.net.wire import Link
 from swarm.server.cell import OnProgress
@@ -43,6 +43,9 @@ class Recorded:
 
     def moving(self, span: Span, to: Span) -> None:
         self.seen.append(("moving", (span, to)))
+
+    def model(self, name: str, *, is_first: bool) -> None:
+        self.seen.append(("model", name))
 
 
 class World:
@@ -110,8 +113,15 @@ class Life:
             await self.server.run(self.stop)
 
 
+class Reached(Protocol):
+    """Whoever can be reached."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+
 async def opened(
-    world: World, life: Life, client: str = "client", span: Span = FIRST, session_id: str = "1" * 32
+    world: World, life: "Reached", client: str = "client", span: Span = FIRST, session_id: str = "1" * 32
 ) -> MessageStream:
     transport = world.network.transport(client)
     stream = MessageStream(await transport.open_stream(life.transport.peer))

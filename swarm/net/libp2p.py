@@ -295,8 +295,11 @@ class Libp2pTransport:
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
-        self._inbound = Inbound(on_stream, self.door, self.peer)
+        before, self._inbound = self._inbound, Inbound(on_stream, self.door, self.peer)
         self.door.watch(self._streams)
+        if before is not None:
+            await before.close()
+            return
         async with self._daemon_calls():
             await self.p2p.add_binary_stream_handler(self.door.protocol, self._on_stream)
 

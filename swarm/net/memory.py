@@ -225,8 +225,10 @@ class MemoryTransport:
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
-        self._inbound = Inbound(on_stream, self.door, self.peer)
+        before, self._inbound = self._inbound, Inbound(on_stream, self.door, self.peer)
         self.door.watch(self.streams)
+        if before is not None:
+            await before.close()
 
     async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> MemoryStream:
         self._check_usable()

@@ -130,7 +130,8 @@ class Transport(Protocol):
     async def listen(self, on_stream: OnStream) -> None:
         """Call `on_stream` in a task of its own for each stream opened to this peer.
 
-        The stream is closed when `on_stream` returns or raises.
+        The stream is closed when `on_stream` returns or raises. Called again, it takes the place of the one
+        before, whose streams are ended.
         """
         ...
 

@@ -20,6 +20,10 @@ EXAMPLES = cli.examples(
         "serve a model of one's own, as the same peer each time",
         "%(prog)s --model ./Qwen3-8B --identity peer.key",
     ),
+    (
+        "serve whichever of two models the swarm needs most",
+        "%(prog)s --models ./Qwen3-8B,smollm2-135m --initial-peers ADDRESS",
+    ),
     ("keep the options in a file", "%(prog)s --kv-tokens 8192 --print-config > swarm.toml"),
 )
 
@@ -27,7 +31,7 @@ EXAMPLES = cli.examples(
 def parser(program: str = PROGRAM) -> cli.Parser:
     root = cli.Parser(prog=program, place=cli.Place("server"), description=DESCRIPTION, epilog=EXAMPLES)
     add_options(root)
-    cli.shared_options(root, timeout=JOIN_TIMEOUT)
+    cli.shared_options(root, timeout=JOIN_TIMEOUT, may_choose_model=True)
     return root
 
 

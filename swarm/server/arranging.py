@@ -69,7 +69,8 @@ class Arranging:
     ):
         self.mobility: Mobility = "settled"
         self.is_undecided = True
-        self.goes_to: Span | None = None
+        self._goal: Span | None = None
+        self._is_leaving = False
         self._cell = cell
         self._sessions = sessions
         self._moving = moving
@@ -123,8 +124,33 @@ class Arranging:
             return
         if self._wished_since is None:
             self._wished_since = self._now()
-        if move.is_urgent or self._now() >= self._wished_since + _by_turn(self._peer, CALM):
+        if move.is_urgent or self._now() >= self._wished_since + by_turn(self._peer, CALM):
             await self._go(move)
+
+    @property
+    def goes_to(self) -> Span | None:
+        """The blocks that are about to be served. They are its own if it is about to leave the model: nobody
+        counts on it any more then, nor takes them for a hole."""
+        if self._is_leaving:
+            return self._cell.span if self._cell.phase == "serving" else None
+        return self._goal if self._goal != self._cell.span else None
+
+    @property
+    def may_leave_model(self) -> bool:
+        """Whether it is free to serve another model; `mobility` says what that must be worth."""
+        has_plans = self._is_leaving or self._goal is not None
+        return self._cell.phase == "serving" and self.mobility != "fixed" and not has_plans
+
+    async def mean_to_leave(self) -> None:
+        """Say that the model is left soon, and hear of others who mean the same."""
+        self._is_leaving = self.is_undecided = True
+        await self._announce()
+        await self._listen()
+
+    async def mean_to_stay(self) -> None:
+        """Take that back."""
+        self._is_leaving = self.is_undecided = False
+        await self._announce()
 
     def stay(self) -> None:
         """A move had to be undone: try no other for long."""
@@ -132,7 +158,9 @@ class Arranging:
 
     async def _go(self, move: Move) -> None:
         """Say so, and do it unless somebody else does it first."""
-        self.goes_to, self.is_undecided = move.span, True
+        if self._is_leaving:
+            return
+        self._goal, self.is_undecided = move.span, True
         await self._announce()
         await self._listen()
         if await self._wish() == move:
@@ -142,12 +170,12 @@ class Arranging:
             if not await self._moving.move(move.span, lambda stay: self._may_leave(move, stay)):
                 self._stays_until = self._now() + UNWILLING
             self._rests_until = self._now() + REST
-        self.goes_to, self.is_undecided, self._wished_since = None, False, None
+        self._goal, self.is_undecided, self._wished_since = None, False, None
         await self._announce()
 
     async def _listen(self) -> None:
         """Wait until others who mean the same have said so, and read it."""
-        await asyncio.sleep(_by_turn(self._peer, LISTENING))
+        await asyncio.sleep(by_turn(self._peer, LISTENING))
         await self._read()
 
     async def _read(self) -> None:
@@ -157,8 +185,8 @@ class Arranging:
             logger.warning("peer %s could not read where the others are: %s", self._peer, error)
 
     def _choice(self) -> Span:
-        others = self._standing()
-        return choose_in_turn(others.holders, others.undecided, self._directory.num_blocks, self._mine())
+        others = self.others()
+        return choose_in_turn(others.holders, others.undecided, self._directory.num_blocks, self.mine())
 
     async def _wish(self) -> Move | None:
         """The move that is this server's to make, if there is one."""
@@ -166,8 +194,8 @@ class Arranging:
         if self._cell.phase != "serving" or self.mobility == "fixed":
             return None
         while True:
-            others = self._standing()
-            servers = [*others.holders, *others.undecided, self._mine()]
+            others = self.others()
+            servers = [*others.holders, *others.undecided, self.mine()]
             if servers != self._planned_for:
                 self._moves = await asyncio.to_thread(plan, servers, self._directory.num_blocks)
                 self._planned_for = servers
@@ -188,7 +216,7 @@ class Arranging:
         also goes to. Where blocks are missing no session gets through: then these may be missed for a while.
         """
         await self._read()
-        servers = [*self._standing().holders, self._mine()]
+        servers = [*self.others().holders, self.mine()]
         return may_leave(servers, self._peer, move.span if stay or move.is_urgent else None)
 
     def _mobility(self) -> Mobility:
@@ -203,7 +231,8 @@ class Arranging:
         )
         return "settled" if found == "free" and now < self._rests_until else found
 
-    def _standing(self) -> Standing:
+    def others(self) -> Standing:
+        """All other servers of the model, as this one has to count with them."""
         now = self._now()
         self._unwilling = {peer: until for peer, until in self._unwilling.items() if now < until}
         return standing(
@@ -214,7 +243,8 @@ class Arranging:
             unwilling=self._unwilling,
         )
 
-    def _mine(self) -> Holder:
+    def mine(self) -> Holder:
+        """This server, as others see it."""
         return Holder(
             self._peer,
             self._cell.span,
@@ -228,7 +258,7 @@ class Arranging:
         return asyncio.get_running_loop().time()
 
 
-def _by_turn(peer: PeerId, seconds: tuple[float, float]) -> float:
+def by_turn(peer: PeerId, seconds: tuple[float, float]) -> float:
     """Between the first and the last of `seconds`, the earlier it is `peer`'s turn."""
     first, last = seconds
     return first + (last - first) * turn(peer)

@@ -250,23 +250,25 @@ class ShardCell:
 
     def close(self) -> None:
         """Stop computing and drop all engines. Safe to call again."""
+        if self.engine is not None:
+            self._retired.append(self.engine)
+            self.engine = None
         for engine in self._retired:
             engine.close()
-        self._retired.clear()
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
+
+    async def vacate(self) -> None:
+        """Give the memory of all engines back that `close` has dropped."""
+        async with self._memory:
+            while self._retired:
+                await self._retired.pop().wait_closed()
+            await asyncio.to_thread(_give_back_memory)
 
     async def _empty(self) -> None:
-        phase, engine = advance(self.phase, "joining"), self.engine
+        phase = advance(self.phase, "joining")
         self.close()
         self.phase, self.progress, self._started_at = phase, 0.0, None
         self._on_change()
-        async with self._memory:
-            if engine is not None:
-                await engine.wait_closed()
-            del engine
-            await asyncio.to_thread(_give_back_memory)
+        await self.vacate()
 
     async def _loaded(self, load: Load, on_progress: OnProgress) -> SpanEngine:
         """What `load` gives. Once this is cancelled, nothing but an exception can stop the loading thread."""

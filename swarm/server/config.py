@@ -16,6 +16,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 MAX_KV_OVERCOMMIT = 100.0
 MAX_NAME = 100
+MAX_MODELS = 16
+"""Models that a server may choose from; the records of each are read again and again."""
+
 JOIN_TIMEOUT = 30.0
 """Seconds within which this peer must have reached the swarm."""
 
@@ -23,13 +26,15 @@ JOIN_TIMEOUT = 30.0
 @dataclass(frozen=True)
 class ServerConfig:
     """One server. `None` leaves a choice to the machine: a fresh identity, what memory allows, whether it
-    `relays`, and of blocks those that the swarm needs most, `num_blocks` of them.
+    `relays`, and of blocks those that the swarm needs most, `num_blocks` of them. Where there are `models`,
+    it serves whichever of them the swarm needs most, instead of `model`.
 
     `memory_limit` and `max_vram` are in bytes, times in seconds. Without `evict_after` blocks stay loaded,
     without a `metrics_port` there are no metrics.
     """
 
     model: str
+    models: tuple[str, ...] = ()
     blocks: Span | None = None
     num_blocks: int | None = None
     initial_peers: tuple[str, ...] = ()
@@ -59,9 +64,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """
         Raises:
-            InputError: the public name cannot be announced, the overcommitment is none, or the blocks are
-                given twice.
+            InputError: the public name cannot be announced, the overcommitment is none, the blocks are given
+                twice, or not to be had of the models, or a model is named twice.
         """
+        _check_models(self.models, self.blocks)
         if self.blocks is not None and self.num_blocks is not None:
             raise InputError(
                 "--blocks and --num-blocks both say how many blocks to serve.",
@@ -77,6 +83,18 @@ class ServerConfig:
                 "The public name cannot be used.",
                 f"Give at most {MAX_NAME} printable characters on one line.",
             )
+
+
+def _check_models(models: tuple[str, ...], blocks: Span | None) -> None:
+    if models and blocks is not None:
+        raise InputError(
+            "--blocks names blocks of one model, and --models leaves the model to the swarm.",
+            "Give --num-blocks N to bound how many blocks of any of them are served.",
+        )
+    if len(set(models)) < len(models):
+        raise InputError("--models names a model twice.", "Name each one once.")
+    if len(models) > MAX_MODELS:
+        raise InputError(f"--models names {len(models)} models.", f"Name {MAX_MODELS} at most.")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -256,8 +274,11 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     """
     if args.no_blocks and args.blocks is not None:
         raise InputError("--blocks and --no-blocks contradict each other.", "Give one of them.")
+    if args.no_blocks and args.models:
+        raise InputError("--models and --no-blocks contradict each other.", "Give one of them.")
     return ServerConfig(
         model=args.model,
+        models=args.models,
         blocks=args.blocks,
         num_blocks=args.num_blocks,
         initial_peers=args.initial_peers,

@@ -34,13 +34,18 @@ class Events(Protocol):
         """The blocks `to` are about to be served instead of `span`."""
         ...
 
+    def model(self, name: str, *, is_first: bool) -> None:
+        """Of several models, it is this one that is served, or is about to be."""
+        ...
+
 
 class JsonEvents:
     """One JSON object a line: `listening`, `joining` with progress, `serving`, `draining`, `left`.
 
     A server that was evicted says `joining` with `asleep`, and `joining` again when it loads. One that goes
     on to other blocks says `moving`, and `serving` once it serves them; in between it says `draining` and
-    `joining` if it had to let go of the others first.
+    `joining` if it had to let go of the others first. One that is allowed several models says which by
+    `model`.
     """
 
     def __init__(self, invite: Invite | None = None):
@@ -60,6 +65,9 @@ class JsonEvents:
 
     def moving(self, span: Span, to: Span) -> None:
         emit({"event": "moving", "blocks": list(span), "to": list(to)})
+
+    def model(self, name: str, *, is_first: bool) -> None:
+        emit({"event": "model", "name": name})
 
 
 class TextEvents:
@@ -114,6 +122,11 @@ class TextEvents:
         self._is_moving = True
         _say(f"Going on from blocks {span} to {to}, where the swarm needs them more.")
 
+    def model(self, name: str, *, is_first: bool) -> None:
+        if not is_first:
+            self._is_moving = True
+            _say(f"Going on with {name}, which needs this server more.")
+
     def _say_how_to_join(self, address: str) -> None:
         chosen = "" if self._span is None else f" --blocks {next_span(self._span, self._num_blocks)}"
         joining = self._invite.options(address)
@@ -121,6 +134,44 @@ class TextEvents:
         _say(f"  python -m swarm.server --model {self._model}{chosen} {joining}")
         _say("Talk to the model:")
         _say(f"  python -m swarm.client chat --model {self._model} {joining}")
+
+
+class LastingEvents:
+    """What is seen of a server that goes on with other models: it listens once, and leaves once."""
+
+    def __init__(self, events: Events):
+        self._events = events
+        self._model = ""
+        self._goes_on = self._has_listened = False
+        self._left: Span | None = None
+
+    def listening(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        if not self._has_listened:
+            self._events.listening(peer, addresses)
+            self._events.model(self._model, is_first=True)
+        self._has_listened, self._goes_on = True, False
+
+    def metrics(self, url: str) -> None:
+        self._events.metrics(url)
+
+    def phase(self, phase: PeerState, span: Span, progress: float, *, asleep: bool = False) -> None:
+        if phase == "left" and self._goes_on:
+            self._left = span
+        else:
+            self._events.phase(phase, span, progress, asleep=asleep)
+
+    def moving(self, span: Span, to: Span) -> None:
+        self._events.moving(span, to)
+
+    def model(self, name: str, *, is_first: bool) -> None:
+        self._model, self._goes_on = name, not is_first
+        if not is_first:
+            self._events.model(name, is_first=False)
+
+    def end(self) -> None:
+        """It does not go on any more: if that was not seen yet, it has left."""
+        if self._goes_on and self._left is not None:
+            self._events.phase("left", self._left, 0.0)
 
 
 class BootstrapEvents:

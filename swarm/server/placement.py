@@ -68,6 +68,24 @@ class Move(NamedTuple):
         return self.gain is None
 
 
+class State(NamedTuple):
+    """How many blocks nobody holds, and how many tokens a second the swarm carries; 0 if any are missing."""
+
+    missing: int
+    carried: float
+
+    @property
+    def is_whole(self) -> bool:
+        return self.missing == 0
+
+
+def state(holders: Sequence[Holder], num_blocks: int) -> State:
+    """What all holders carry together."""
+    layout = _layout(holders, _strengths(holders), num_blocks)
+    missing = int((layout.held == 0).sum())
+    return State(missing, 0.0 if missing else layout.tight().throughput)
+
+
 def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span:
     """The best place for `newcomer`, for a span as large as the one that it names.
 
@@ -97,15 +115,22 @@ def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span
 def choose_in_turn(
     holders: Sequence[Holder], undecided: Sequence[Holder], num_blocks: int, newcomer: Holder
 ) -> Span:
-    """The best place for `newcomer` where `undecided` newcomers choose at the same time.
+    """The best place for `newcomer` where `undecided` newcomers choose at the same time."""
+    return choose(settled(holders, undecided, num_blocks, newcomer.peer), num_blocks, newcomer)
+
+
+def settled(
+    holders: Sequence[Holder], undecided: Sequence[Holder], num_blocks: int, peer: str
+) -> list[Holder]:
+    """All whom `peer` has to reckon with: of the `undecided` those whose turn is before, where they will be.
 
     They are taken in the order that their names draw, as each of them does.
     """
-    settled = list(holders)
+    found = list(holders)
     for other in in_turn(undecided):
-        if turn(other.peer) < turn(newcomer.peer):
-            settled.append(replace(other, span=choose(settled, num_blocks, other), serves=False))
-    return choose(settled, num_blocks, newcomer)
+        if turn(other.peer) < turn(peer):
+            found.append(replace(other, span=choose(found, num_blocks, other), serves=False))
+    return found
 
 
 def plan(holders: Sequence[Holder], num_blocks: int) -> tuple[Move, ...]:

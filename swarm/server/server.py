@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from swarm.dht.announcement import MAX_ADDRESSES, Announcement, ModelEntry
+from swarm.dht.announcement import MAX_ADDRESSES, Announcement, ModelEntry, Throughput
 from swarm.dht.announcer import PERIOD, Announcer
 from swarm.dht.directory import Directory
 from swarm.dht.joining import Network
@@ -63,6 +63,16 @@ class Shard:
     dtype: str = "auto"
     quantization: str = "none"
 
+    @property
+    def known(self) -> Throughput:
+        """How fast it was when it was measured before; zero where it never was."""
+        return self.gauge.known() if self.gauge else Throughput()
+
+    @property
+    def token_bytes(self) -> int:
+        """What each token takes that is passed on."""
+        return self.hidden_size * FLOAT32_BYTES
+
 
 class Server:
     """Serves one shard. `run` is its whole life; `stop` set ends it politely."""
@@ -104,8 +114,7 @@ class Server:
             span=shard.span,
             period=DIRECTORY_PERIOD,
         )
-        if shard.gauge is not None:
-            self.cell.throughput = shard.gauge.known()
+        self.cell.throughput = shard.known
         self._strength = Strength(
             self.cell,
             self._directory,
@@ -114,9 +123,9 @@ class Server:
             self._announcer.changed,
         )
         self._moving = Moving(self.cell, self.sessions, shard.load, self._announce, events)
-        self._arranging: Arranging | None = None
+        self.arranging: Arranging | None = None
         if not shard.is_fixed:
-            self._arranging = Arranging(
+            self.arranging = Arranging(
                 self.cell,
                 self.sessions,
                 self._moving,
@@ -124,7 +133,7 @@ class Server:
                 network.transport,
                 self._announce,
                 lambda: self._strength.throughput,
-                shard.hidden_size * FLOAT32_BYTES,
+                shard.token_bytes,
             )
 
     async def run(self, stop: asyncio.Event, *, metrics_url: str | None = None) -> None:
@@ -142,8 +151,8 @@ class Server:
         if metrics_url is not None:
             self._events.metrics(metrics_url)
         try:
-            if self._arranging is not None:
-                await self._arranging.place()
+            if self.arranging is not None:
+                await self.arranging.place()
             await self._announcer.publish(self.announcement())
             self._tell()
             await self._serve(stop)
@@ -167,7 +176,7 @@ class Server:
 
     def announcement(self) -> Announcement:
         """What this peer says of itself now."""
-        cell, arranging = self.cell, self._arranging
+        cell, arranging = self.cell, self.arranging
         self._directory.span = cell.span
         self._announced = Announcement(
             peer=self._network.identity.peer,
@@ -189,9 +198,27 @@ class Server:
             rtts=self._directory.next_rtts(cell.span),
             mobility=arranging.mobility if arranging else "fixed",
             undecided=arranging.is_undecided if arranging else False,
-            goes_to=arranging.goes_to if arranging and arranging.goes_to != cell.span else None,
+            goes_to=arranging.goes_to if arranging else None,
         )
         return self._announced
+
+    def coming(self, shard: Shard, span: Span) -> Announcement:
+        """What this peer says of itself under another model that it means to serve next."""
+        return Announcement(
+            peer=self._network.identity.peer,
+            model_id=shard.model.model_id,
+            start=span.start,
+            end=span.end,
+            state="joining",
+            throughput=shard.known,
+            dtype=shard.dtype,
+            quantization=shard.quantization,
+            name=self._name,
+            version=VERSION,
+            addresses=self._addresses,
+            mobility="settled",
+            undecided=True,
+        )
 
     async def _serve(self, stop: asyncio.Event) -> None:
         works = {
@@ -201,8 +228,8 @@ class Server:
             "measure": self._strength.run(),
             "watch the network": self._watch_network(),
         }
-        if self._arranging is not None:
-            works["arrange"] = self._arranging.run()
+        if self.arranging is not None:
+            works["arrange"] = self.arranging.run()
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(work, name=name) for name, work in works.items()]
             await stop.wait()
@@ -211,16 +238,16 @@ class Server:
 
     async def _keep_filled(self) -> None:
         """Fill the cell whenever it is wanted. Who is told that this peer serves finds it announced so."""
-        if self._arranging is not None:
-            await self._arranging.settle()
+        if self.arranging is not None:
+            await self.arranging.settle()
         while True:
             await self.cell.wait_wanted()
             try:
                 await self.cell.fill()
             except SwarmError as reason:
-                if self._arranging is None or not self._moving.turn_back():
+                if self.arranging is None or not self._moving.turn_back():
                     raise
-                self._arranging.stay()
+                self.arranging.stay()
                 logger.warning("blocks %s are served again: %s", self.cell.span, reason)
                 continue
             self._moving.arrived()

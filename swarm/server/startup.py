@@ -13,22 +13,23 @@ from contextlib import AsyncExitStack
 from functools import cache, partial
 from typing import Any
 
+from swarm.blocks.errors import DoesNotFit
 from swarm.blocks.hardware import hardware
 from swarm.blocks.models import Model, resolve
 from swarm.cache import cache_folder
 from swarm.cli import Progress
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.joining import import_network
-from swarm.errors import SwarmError
+from swarm.errors import InputError, SwarmError
 from swarm.server.cell import OnProgress
 from swarm.server.config import ServerConfig
 from swarm.server.entering import enter, way_in
 from swarm.server.events import Events, JsonEvents, TextEvents
-from swarm.server.evicting import evict_on_request, evict_when_idle, requests
+from swarm.server.evicting import requests
 from swarm.server.gauge import Gauge, Setting
 from swarm.server.invite import Invite
-from swarm.server.metrics_endpoint import serving
-from swarm.server.server import Server, Shard
+from swarm.server.lives import Lives
+from swarm.server.server import Shard
 from swarm.server.sizing import clearly_fits
 from swarm.server.span_engine import SpanEngine
 from swarm.server.stopping import Stopping, unless
@@ -51,62 +52,51 @@ async def serve(config: ServerConfig, stopping: Stopping, *, as_json: bool) -> N
     """
     async with AsyncExitStack() as stack:
         evictions = stack.enter_context(requests())
-        start = _start(config, stack, as_json=as_json)
-        server = await unless(stopping.asked, start)
-        if server is not None:
-            url = None
-            if config.metrics_port is not None:
-                url = await stack.enter_async_context(serving(server.metrics, config.metrics_port))
-            await _live(server, config.evict_after, stopping.asked, evictions, url)
+        lives = await unless(stopping.asked, _start(config, stack, as_json=as_json))
+        if lives is not None:
+            await lives.run(stopping.asked, evictions)
     stopping.has_left = True
 
 
-async def _live(
-    server: Server,
-    evict_after: float | None,
-    stop: asyncio.Event,
-    evictions: asyncio.Event,
-    metrics_url: str | None,
-) -> None:
-    """The server's life, with those beside it who may have its blocks evicted."""
-    async with asyncio.TaskGroup() as tasks:
-        beside = [tasks.create_task(evict_on_request(server, evictions), name="evict on request")]
-        if evict_after is not None:
-            idling = evict_when_idle(server, evict_after)
-            beside.append(tasks.create_task(idling, name="evict when idle"))
-        await server.run(stop, metrics_url=metrics_url)
-        for task in beside:
-            task.cancel()
-
-
-async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) -> Server:
+async def _start(config: ServerConfig, stack: AsyncExitStack, *, as_json: bool) -> Lives:
     identity, entrance = await way_in(config)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(import_network(), name="import the network")
-        finding = tasks.create_task(_find_model(config, quiet=as_json), name="find the model")
-    model, span = finding.result()
-    if span.size < model.num_blocks and config.blocks is None:
+        finding = tasks.create_task(_find_models(config, quiet=as_json), name="find the models")
+    found = finding.result()
+    if config.blocks is None and any(span.size < model.num_blocks for model, span in found):
         beside = await stack.enter_async_context(asyncio.TaskGroup())
         beside.create_task(asyncio.to_thread(_import_engine), name="import the engine")
     network = await enter(stack, config, identity, entrance)
-    shard = Shard(
+    invite = Invite.of(config, entrance)
+
+    def events_of(index: int) -> Events:
+        if as_json:
+            return JsonEvents(invite)
+        model, _ = found[index]
+        return TextEvents(model.name, config.blocks, model.num_blocks, is_first=network.is_new, invite=invite)
+
+    return Lives(
+        [await asyncio.to_thread(_shard, config, model, span) for model, span in found],
+        network,
+        events_of,
+        name=config.public_name,
+        evict_after=config.evict_after,
+        metrics_port=config.metrics_port,
+    )
+
+
+def _shard(config: ServerConfig, model: Model, span: Span) -> Shard:
+    return Shard(
         _entry(model),
         model.hidden_size,
         span,
         partial(_load, config, model),
         is_fixed=config.blocks is not None,
-        gauge=await asyncio.to_thread(_gauge, config, model, span),
+        gauge=_gauge(config, model, span),
         dtype=config.dtype,
         quantization=config.quantize,
     )
-    invite = Invite.of(config, entrance)
-    if as_json:
-        events: Events = JsonEvents(invite)
-    else:
-        events = TextEvents(
-            config.model, config.blocks, model.num_blocks, is_first=network.is_new, invite=invite
-        )
-    return Server(shard, network, events, name=config.public_name)
 
 
 def _gauge(config: ServerConfig, model: Model, span: Span) -> Gauge:
@@ -123,15 +113,40 @@ def _gauge(config: ServerConfig, model: Model, span: Span) -> Gauge:
     return Gauge(setting, cache_folder() / "speed")
 
 
-async def _find_model(config: ServerConfig, *, quiet: bool) -> tuple[Model, Span]:
-    """The model and the blocks of it to serve; where they are to be chosen, as many as it will be.
+async def _find_models(config: ServerConfig, *, quiet: bool) -> list[tuple[Model, Span]]:
+    """The models to choose from, and the blocks to serve of each; where these are to be chosen, as many as it
+    will be. Those of which not one block fits here are left out.
 
     Raises:
-        InputError: the model cannot be found or used, does not have these blocks, or not one fits here.
+        InputError: a model cannot be found or used, does not have these blocks, is named twice, or none fits.
     """
+    if not config.models:
+        return [await _find_model(config, config.model, quiet=quiet)]
+    found: dict[str, tuple[Model, Span]] = {}
+    reason: DoesNotFit | None = None
+    for name in config.models:
+        try:
+            model, span = await _find_model(config, name, quiet=quiet)
+        except DoesNotFit as error:
+            logger.warning("%s is left out: %s", name, error)
+            reason = error
+            continue
+        if model.model_id in found:
+            same, _ = found[model.model_id]
+            raise InputError(f"{same.name} and {name} are the same model.", "Name each one once.")
+        found[model.model_id] = model, span
+    if reason is not None and not found:
+        raise reason
+    return list(found.values())
+
+
+async def _find_model(config: ServerConfig, name: str, *, quiet: bool) -> tuple[Model, Span]:
     with Progress(quiet=quiet) as progress:
-        model = await asyncio.to_thread(resolve, config.model, on_progress=_bars(progress))
-    span = config.blocks or Span(0, config.num_blocks or await _most_blocks(config, model))
+        model = await asyncio.to_thread(resolve, name, on_progress=_bars(progress))
+    count = config.num_blocks or (0 if config.blocks else await _most_blocks(config, model))
+    if config.models:
+        count = min(count, model.num_blocks)
+    span = config.blocks or Span(0, count)
     model.check_span(span)
     return model, span
 

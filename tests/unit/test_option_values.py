@@ -13,6 +13,7 @@ from swarm.option_values import (
     count,
     duration,
     file_path,
+    names,
     number,
     port,
     size,
@@ -20,7 +21,7 @@ from swarm.option_values import (
     whole_number,
 )
 
-READERS = (duration, size, count, port, number, whole_number, addresses)
+READERS = (duration, size, count, port, number, whole_number, addresses, names)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,11 @@ READERS = (duration, size, count, port, number, whole_number, addresses)
 )
 def test_durations(text: str, seconds: float) -> None:
     assert duration(text) == pytest.approx(seconds)
+
+
+def test_names() -> None:
+    assert names("one") == ("one",)
+    assert names("./one, owner/two@main") == ("./one", "owner/two@main")
 
 
 @pytest.mark.parametrize(

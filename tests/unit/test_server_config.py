@@ -14,7 +14,14 @@ from swarm.net.invitation import Invitation
 from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import PeerId
 from swarm.server.config import ServerConfig, add_options, config_from
-from swarm.server.events import BootstrapEvents, JsonEvents, TextEvents, best_address, next_span
+from swarm.server.events import (
+    BootstrapEvents,
+    JsonEvents,
+    LastingEvents,
+    TextEvents,
+    best_address,
+    next_span,
+)
 from swarm.server.invite import Invite
 from swarm.spans import Span
 
@@ -24,7 +31,7 @@ LOOPBACK, PUBLIC = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/192.0.2.1/tcp/1/p2p/A"
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = cli.Parser(prog="server")
     add_options(parser)
-    cli.shared_options(parser)
+    cli.shared_options(parser, may_choose_model=True)
     return parser.parse_args(arguments)
 
 
@@ -90,6 +97,7 @@ def test_blocks_are_chosen_or_counted_but_not_both() -> None:
         ("--port", "65536", "ports go from 0 to 65535"),
         ("--quantize", "int3", "invalid choice: 'int3'"),
         ("--blocks", "all", "'all' is not a span"),
+        ("--models", "one,,two", "'one,,two' is no list of names"),
     ],
 )
 def test_values_that_mean_nothing(
@@ -108,6 +116,34 @@ def test_an_overcommitment_that_is_none(factor: str) -> None:
     with pytest.raises(InputError, match="overcommitment") as refused:
         config_from(parsed(f"--kv-overcommit={factor}"))
     assert "1 to 100" in refused.value.hint
+
+
+def test_the_model_may_be_left_to_the_swarm() -> None:
+    assert config_from(parsed()).models == ()
+    config = config_from(parsed("--models", "one, two,three", "--num-blocks", "4"))
+    assert (config.models, config.num_blocks, config.blocks) == (("one", "two", "three"), 4, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--models", "one,two", "--blocks", "0:2"), "one model"),
+        (("--models", "one,two,one"), "twice"),
+        (("--models", "one,two", "--no-blocks"), "contradict"),
+        (("--models", ",".join(map(str, range(17)))), "17 models"),
+    ],
+)
+def test_models_that_cannot_be_chosen_from(options: tuple[str, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says) as refused:
+        config_from(parsed(*options))
+    assert refused.value.hint
+
+
+def test_one_model_beside_several(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed("--model", "one", "--models", "one,two")
+    assert ended.value.code == 2
+    assert "not allowed with argument --model" in capsys.readouterr().err
 
 
 def test_gpu_memory_of_a_server_without_a_gpu() -> None:
@@ -247,6 +283,45 @@ def test_people_are_told_where_a_server_goes_and_that_it_does_not_leave(
         "Leaving: running steps may end",
     ]
     assert "Loading blocks 4:6" in captured.err
+
+
+def test_who_goes_on_with_another_model_listens_once_and_leaves_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events = LastingEvents(JsonEvents())
+    events.model("one", is_first=True)
+    events.listening(PeerId("A"), [LOOPBACK])
+    events.model("two", is_first=False)
+    for phase in ("draining", "left"):
+        events.phase(phase, Span(0, 2), 1.0)
+    events.listening(PeerId("A"), [LOOPBACK])
+    events.phase("serving", Span(0, 4), 1.0)
+    events.phase("left", Span(0, 4), 1.0)
+    events.end()
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"event": "listening", "addresses": [LOOPBACK], "peer": "A"},
+        {"event": "model", "name": "one"},
+        {"event": "model", "name": "two"},
+        {"event": "draining", "blocks": [0, 2]},
+        {"event": "serving", "blocks": [0, 4]},
+        {"event": "left", "blocks": [0, 4]},
+    ]
+
+
+def test_who_is_stopped_while_it_goes_on_has_left(capsys: pytest.CaptureFixture[str]) -> None:
+    events = LastingEvents(TextEvents("one", None, 6, is_first=False))
+    events.model("one", is_first=True)
+    events.listening(PeerId("A"), [LOOPBACK])
+    events.phase("serving", Span(0, 2), 1.0)
+    events.model("two", is_first=False)
+    for phase in ("draining", "left"):
+        events.phase(phase, Span(0, 2), 1.0)
+    events.end()
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "Serving blocks 0:2. Ctrl-C leaves the swarm.",
+        "Going on with two, which needs this server more.",
+        "Left the swarm.",
+    ]
 
 
 @pytest.mark.parametrize("is_first", [True, False])
