@@ -7,12 +7,10 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-import psutil
-
-from benchmarks.servers import STARTING, server_process
+from benchmarks.servers import STARTING, kill, server_process
 from swarm.net.transport import PeerId
 from swarm.processes import ServerProcess, stop_all
 from swarm.spans import Span
@@ -57,12 +55,7 @@ class Seat:
             async with asyncio.timeout(LEAVING):
                 await server.wait_ended()
             return
-        with suppress(psutil.NoSuchProcess):
-            daemons = psutil.Process(server.pid).children(recursive=True)
-            server.kill()
-            for daemon in daemons:
-                with suppress(psutil.NoSuchProcess):
-                    daemon.kill()
+        kill(server)
         await server.stop()
 
 
