@@ -3,12 +3,12 @@
     python -m benchmarks.arrange [--servers 12] [--seed N] [--model smollm2-135m] [--json FILE]
 
 Each server serves a number of blocks of its own, chosen by itself (`--num-blocks`), as a process of its own
-on loopback. Once all of them serve, a client asks the same again and again, greedily. Then a third of the
-servers is killed with SIGKILL, their libp2p daemons too: drawn at random, but such that the others can hold
-all blocks, and have to move for that if there are any whose loss leaves a hole. What is served is what
-servers say of themselves while they run. Prints how long it took until all blocks were served, at first and
-again, who moved, and how the chat fared; exit code 1 if it took longer than the aims, or an answer failed or
-differed.
+on loopback; they start in random order, as many at a time as there are cores. Once all of them serve, a
+client asks the same again and again, greedily. Then a third of the servers is killed with SIGKILL, their
+libp2p daemons too: drawn at random, but such that the others can hold all blocks, and have to move for that
+if there are any whose loss leaves a hole. What is served is what servers say of themselves while they run.
+Prints how long it took until all blocks were served, at first and again, who moved, and how the chat fared;
+exit code 1 if it took longer than the aims, or an answer failed or differed.
 """
 
 import os
@@ -56,13 +56,12 @@ PROMPT = "Tell me a story about a lighthouse."
 
 @dataclass(frozen=True)
 class Plan:
-    """`sizes` are how many blocks each server serves; one joins every `gap` seconds at most."""
+    """`sizes` are how many blocks each server serves. Times in seconds."""
 
     model: str
     sizes: tuple[int, ...]
     seed: int = 0
     dtype: str = "float16"
-    gap: float = 1.0
     killed: int = 0
     tokens: int = 48
     before: float = 5.0
@@ -152,15 +151,16 @@ async def run(plan: Plan, logs: Path) -> dict[str, Any]:
         Arranged(f"server-{number}", plan, size, logs / f"server-{number}.log", news)
         for number, size in enumerate(sizes)
     ]
-    async with joined(servers, plan, rng) as (addresses, started):
+    started = time.monotonic()
+    async with joining(servers) as addresses:
         await until_covered(servers, model, news)
-        covered = time.monotonic() - started
+        covered_at = time.monotonic()
+        covered = covered_at - started
         _say(f"all blocks are served after {covered:.1f} s: {spans_of(servers)}")
         for server in servers:
             await server.process.wait_for("serving", STARTING)
         _say(f"all servers serve after {time.monotonic() - started:.1f} s: {spans_of(servers)}")
-        joining = swarm.connect(addresses, plan.model, dtype=plan.dtype, timeout=PATIENCE)
-        async with joining as client:
+        async with swarm.connect(addresses, plan.model, dtype=plan.dtype, timeout=PATIENCE) as client:
             chatter = Chatter(client, plan.tokens)
             chatter.expected = await chatter.ask()
             talking = asyncio.create_task(chatter.talk(), name="chat")
@@ -181,10 +181,12 @@ async def run(plan: Plan, logs: Path) -> dict[str, Any]:
             [round(at - started, 1) for name, at in server.times.items() if name in STARTING_UP]
             for server in servers
         ]
+        last_joined_at = max(server.times["listening"] for server in servers)
         moves = [(server.process.name, *move) for server in servers for move in server.moves]
     return {
         **asdict(plan),
         "covered_s": covered,
+        "covered_since_last_joined_s": max(covered_at - last_joined_at, 0.0),
         "listening_joining_serving_s": starts,
         "hole": hole,
         "covered_again_s": covered_again,
@@ -196,19 +198,25 @@ async def run(plan: Plan, logs: Path) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def joined(
-    servers: Sequence[Arranged], plan: Plan, rng: random.Random
-) -> AsyncIterator[tuple[list[str], float]]:
-    """The servers started one after the other, by the first one; its addresses, and when that began."""
-    started = time.monotonic()
+async def joining(servers: Sequence[Arranged]) -> AsyncIterator[list[str]]:
+    """Servers that start by the first one, as many at a time as there are cores; the addresses to join by."""
+    turn = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def join(server: Arranged, peers: Sequence[str]) -> None:
+        async with turn:
+            if peers:
+                await server.process.start(["--initial-peers", *peers])
+            await server.process.wait_for("serving", STARTING)
+
     try:
         first, *others = servers
         await first.process.start()
         addresses = (await first.process.wait_for("listening", STARTING))["addresses"]
-        for server in others:
-            await server.process.start(["--initial-peers", *addresses])
-            await asyncio.sleep(rng.uniform(0, plan.gap))
-        yield addresses, started
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(join(first, ()))
+            for server in others:
+                tasks.create_task(join(server, addresses))
+            yield addresses
     finally:
         await stop_all(server.process for server in servers)
 
@@ -257,7 +265,6 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--servers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="default: a random one")
-    parser.add_argument("--gap", type=float, default=1.0, help="seconds between two starts, at most")
     parser.add_argument("--json", type=Path, help="also write what was seen here")
     parser.add_argument("--logs", type=Path, default=Path("build/arrange"), help="folder for the logs")
     args = parser.parse_args()
@@ -268,7 +275,6 @@ def main() -> int:
         model=args.model,
         sizes=uneven(args.servers, num_blocks, random.Random(args.seed)),
         seed=args.seed,
-        gap=args.gap,
         killed=args.servers // 3,
     )
     found = uvloop.run(run(plan, args.logs))

@@ -95,12 +95,17 @@ SAMPLED = SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.05, s
 @pytest.mark.parametrize("seed", [0, 1])
 @in_virtual_time
 async def test_drafts_over_a_slow_link_change_no_token(
-    checkpoint: tuple[Path, Any], sampling: SamplingOptions, seed: int
+    checkpoint: tuple[Path, Any], sampling: SamplingOptions, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The draft model is the model itself, so nearly always right, or another one, so hardly ever."""
+    """The draft model is the model itself, so nearly always right, or another one, so hardly ever.
+
+    It is quick, however slow the machine is at the moment.
+    """
     folder, whole = checkpoint
     options = GenerationOptions(max_new_tokens=60, ignore_eos=True, sampling=sampling)
+    monkeypatch.setattr(DraftModel, "took", lambda *_: None)
     drafts = DraftModel(tiny_model("Llama", seed), 128)
+    drafts.seconds_each = 0.001
     async with serving(resolve(str(folder)), latency=0.05, draft_model=drafts) as swarm:
         plain = await swarm.stream_tokens(PROMPT, replace(options, speculate=False)).result()
         quick = await swarm.stream_tokens(PROMPT, options).result()
