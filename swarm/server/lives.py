@@ -48,9 +48,10 @@ class Lives:
         if self._switching is None:
             await self._live(0, self._events_of(0), None, stop, evictions)
             return
-        following: int | None = await self._switching.first()
-        events = LastingEvents(self._events_of(following))
-        events.model(self._name_of(following), is_first=True)
+        first = await self._switching.first()
+        events = LastingEvents(self._events_of(first))
+        events.model(self._name_of(first), is_first=True)
+        following: int | None = first
         while following is not None and not stop.is_set():
             following = await self._live(following, events, self._switching, stop, evictions)
         events.end()

@@ -8,7 +8,6 @@ are listed, nor when a server looks or how it goes on with another one.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 from swarm.server.placement import MIN_GAIN, Holder, State, choose, may_leave, state
 
@@ -42,7 +41,8 @@ class Need:
         return may_leave([*self.others, self.mine], self.mine.peer)
 
 
-class Switch(NamedTuple):
+@dataclass(frozen=True)
+class Switch:
     """The model of that `index` is to be served instead; `is_urgent` if one more becomes whole by that."""
 
     index: int
