@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from swarm import cli
-from swarm.client.options import SessionOptions
+from swarm.client.options import PUBLIC_AUDIT_RATE, SessionOptions
 from swarm.client.peer_ids import given_peers
 from swarm.errors import InputError
 from swarm.net.forms import Wire
@@ -22,6 +22,7 @@ COMMANDS = {
     "route": ("swarm.client.route_command", "explain the fastest route"),
     "diagnose": ("swarm.client.diagnose.command", "say what is wrong with this machine's connection"),
     "invite": ("swarm.client.invite", "make an invitation, by which others join the swarm"),
+    "audit": ("swarm.client.audit_command", "check evidence of wrong results by the model's weights"),
 }
 
 EXAMPLES = {
@@ -62,6 +63,7 @@ EXAMPLES = {
             "%(prog)s --initial-peers ADDRESS --swarm-key swarm.key",
         ),
     ),
+    "audit": (("check that a peer gave wrong results", "%(prog)s --model smollm2-135m evidence.bin"),),
 }
 """What each command may be used for, with a command line for it."""
 
@@ -91,6 +93,7 @@ def parser(program: str = PROGRAM) -> cli.Parser:
             _serve_options(command)
         if name in ("chat", "generate", "serve"):
             _session_options(command)
+            _audit_options(command)
         if name in ("chat", "generate", "serve", "route"):
             _privacy_options(command)
         if name == "route":
@@ -100,8 +103,13 @@ def parser(program: str = PROGRAM) -> cli.Parser:
         cli.shared_options(
             command,
             model=None if name in ("peers", "diagnose") else cli.DEFAULT_MODEL,
+            joins=name != "audit",
             names_model=name != "invite",
         )
+        if name == "audit":
+            command.add_argument(
+                "evidence", type=cli.file_path, metavar="EVIDENCE", help="a file that an audit wrote"
+            )
     return root
 
 
@@ -282,6 +290,23 @@ def _session_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _audit_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("audits").add_argument
+    add(
+        "--audit-rate",
+        type=_rate,
+        metavar="F",
+        help="have other servers compute this fraction of all sessions once more and compare"
+        f" (default: {PUBLIC_AUDIT_RATE:g}, and 0 in private swarms)",
+    )
+    add(
+        "--evidence-folder",
+        type=cli.file_path,
+        metavar="FOLDER",
+        help="keep evidence of wrong results here, from which the text can be told (default: keep none)",
+    )
+
+
 def _privacy_options(command: argparse.ArgumentParser) -> None:
     defaults = SessionOptions()
     add = command.add_argument_group("privacy").add_argument
@@ -316,13 +341,20 @@ def _peers(text: str) -> tuple[str, ...]:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction above 0 and at most 1, such as 0.5")
+    share = _rate(text)
+    if not share:
+        raise argparse.ArgumentTypeError("a share of 0 lets no peer run anything")
     return share
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction between 0 and 1, such as 0.5")
+    return rate
 
 
 def _route_options(command: argparse.ArgumentParser) -> None:

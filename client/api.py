@@ -101,6 +101,8 @@ def connect(
                 found,
                 head,
                 secret=network.identity.secret(PAGE_SECRET),
+                identity=network.identity,
+                is_private=way_in.door.key is not None,
                 timeout=timeout,
                 sessions=options,
                 draft_model=drafts,

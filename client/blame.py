@@ -34,6 +34,9 @@ PRAISE = 0.9
 MOST_STRIKES = 7.0
 NEGLIGIBLE = 0.01
 
+LIE_REMEMBERED = 86_400.0
+"""Seconds in which nothing is asked of a peer that was caught giving wrong results."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -55,6 +58,16 @@ class Blame:
 
     def __init__(self) -> None:
         self._records: dict[PeerId, Record] = {}
+        self._liars: dict[PeerId, float] = {}
+
+    def lie(self, peer: PeerId, now: float) -> None:
+        """`peer` was caught at `now` giving wrong results: no success makes up for that."""
+        self._liars[peer] = now + LIE_REMEMBERED
+
+    def liars(self, now: float) -> dict[PeerId, float]:
+        """Who is not to be asked at all, each until when."""
+        self._liars = {peer: until for peer, until in self._liars.items() if now < until}
+        return self._liars
 
     def fault(self, peer: PeerId, now: float, weight: float = FAULT) -> None:
         """`peer` has failed at `now`."""

@@ -39,6 +39,8 @@ PUSH_REST = 10.0
 MOST_PUSH_REST = 320.0
 """Seconds that an edge rests at most. One that has not failed for so long begins anew."""
 
+LIED = "was caught giving wrong results"
+
 SUSPECT_SECONDS = 1e5
 """What each strike against a suspect is taken to cost a session: more than all that a server announces."""
 
@@ -52,14 +54,14 @@ session, and better than one that has failed.
 
 @dataclass(frozen=True)
 class Avoided:
-    """Why a peer is avoided, and until when; at the longest as long as it announces that span.
+    """Why a peer is avoided, and until when; at the longest as long as it announces that span, if any.
 
     One that is warming up is avoided only as long as it announces what it `said` then.
     """
 
     until: float
     reason: str
-    span: Span
+    span: Span | None
     said: Announcement | None = None
 
 
@@ -102,6 +104,15 @@ class Experience:
         self._blame.success(hop.peer, now)
         self._observed.step(hop.announcement, hop.span, tokens, queue, compute, now)
 
+    def caught(self, peer: PeerId, now: float) -> None:
+        """`peer` has given wrong results."""
+        logger.warning("peer %s was caught giving wrong results", peer)
+        self._blame.lie(peer, now)
+
+    def doubted(self, peer: PeerId, now: float) -> None:
+        """`peer` may have given wrong results, or somebody else has."""
+        self._blame.fault(peer, now)
+
     def push_failed(self, source: PeerId, target: PeerId, now: float) -> None:
         logger.info("peer %s cannot push to peer %s", source, target)
         before = self._rests.get((source, target))
@@ -126,7 +137,8 @@ class Experience:
             for peer, avoided in self._avoided.items()
             if avoided.until > now and _is_as_before(avoided, said.get(peer))
         }
-        return self._avoided
+        liars = {peer: Avoided(until, LIED, span=None) for peer, until in self._blame.liars(now).items()}
+        return self._avoided | liars
 
     def costs(
         self,

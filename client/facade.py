@@ -9,19 +9,24 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, Unpack
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from swarm.client.answer import TextEnds
+from swarm.client.auditor import Auditor, Counts
 from swarm.client.conversation import Conversation
 from swarm.client.draft_model import DraftModel
 from swarm.client.drafting import prompt_lookup
+from swarm.client.evidence import Evidence, save
 from swarm.client.faults import HopError, NoRoom
+from swarm.client.gaps import gaps
 from swarm.client.generation import (
     Generation,
     TextStream,
@@ -35,13 +40,14 @@ from swarm.client.options import GenerationOptions, Options, SessionOptions, gen
 from swarm.client.peers import PeerReport
 from swarm.client.privacy import Privacy
 from swarm.client.recovery import Environment
-from swarm.client.route import NoRoute, Route
+from swarm.client.route import Hop, NoRoute, Route
 from swarm.client.routes import OnWaiting, Routes, ServedModel
 from swarm.client.session import Session
 from swarm.client.span_session import SpanSession
 from swarm.dht.directory import Directory
 from swarm.dht.store import RecordStore
 from swarm.errors import InputError, SwarmError
+from swarm.net.identity import Identity
 from swarm.net.transport import Transport
 from swarm.spans import Span
 
@@ -69,6 +75,8 @@ class Swarm:
         ends: TextEnds,
         *,
         secret: bytes | None = None,
+        identity: Identity | None = None,
+        is_private: bool = False,
         timeout: float = 60.0,
         deadlines: Deadlines | None = None,
         sessions: SessionOptions | None = None,
@@ -81,7 +89,8 @@ class Swarm:
         Tokens are drafted by `draft_model`, or without one from what was said before.
 
         By `secret`, 64 bytes at most, hops find again what they kept of this client's sequences; without it
-        they find only what this object has left.
+        they find only what this object has left. Evidence of wrong results is signed by `identity`. In a
+        swarm that `is_private` nothing is audited unless `sessions` say so.
 
         Raises:
             InputError: no peer may run anything of this model, by the share that `sessions` allow.
@@ -101,15 +110,31 @@ class Swarm:
             on_waiting=on_waiting,
         )
         self._wire = sessions.wire
+        deadlines = deadlines or Deadlines()
+        self._sessions: WeakSet[Session] = WeakSet()
+        self._evidence = Path(sessions.evidence_folder).expanduser() if sessions.evidence_folder else None
+        self._auditor = None
+        if (rate := sessions.audited(is_private=is_private)) > 0:
+            self._auditor = Auditor(
+                transport,
+                self._routes,
+                self._embed,
+                self._gaps,
+                deadlines,
+                rate=rate,
+                identity=identity,
+                on_caught=self._on_caught,
+            )
         self._environment = Environment(
             transport,
             self._routes,
             JournalStore(sessions.journal_memory, sessions.journal_disk),
             secrets.token_bytes(32) if secret is None else secret,
-            deadlines or Deadlines(),
+            deadlines,
             embed=self._embed,
             likeliest=self._likeliest,
             pushes=sessions.push,
+            auditor=self._auditor,
         )
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="client-compute")
         self._resources = resources or AsyncExitStack()
@@ -122,6 +147,8 @@ class Swarm:
         self._is_started = True
         self._resources.callback(self._compute.shutdown, wait=False, cancel_futures=True)
         self._resources.callback(self._environment.store.close)
+        if self._auditor is not None:
+            self._resources.push_async_callback(self._auditor.close)
         watch = asyncio.create_task(self._watch_network(), name="watch-network")
         self._resources.callback(watch.cancel)
         await self._resources.enter_async_context(self.directory)
@@ -292,7 +319,9 @@ class Swarm:
         demand = self._routes.demand(prompt_tokens, max_tokens - prompt_tokens)
         try:
             route = self._routes.find(max_tokens, demand, span)
-            return await Session.open(self._environment, route, asked)
+            session = await Session.open(self._environment, route, asked)
+            self._sessions.add(session)
+            return session
         except HopError as fault:
             if not (is_wish and isinstance(fault, NoRoom)):
                 self._routes.judge_opening(fault)
@@ -307,6 +336,37 @@ class Swarm:
             return [int(self._ends.logits(row)[-1].argmax()) for row in hidden.split(1)]
 
         return await asyncio.get_running_loop().run_in_executor(self._compute, choose)
+
+    async def _gaps(self, hidden: Tensor, tokens: Sequence[int]) -> list[float]:
+        def measure() -> list[float]:
+            return gaps(self._ends.logits(hidden), tokens)
+
+        return await asyncio.get_running_loop().run_in_executor(self._compute, measure)
+
+    def _on_caught(self, hop: Hop, evidence: Evidence | None) -> None:
+        """Have others in the hop's place wherever it is, and keep the evidence."""
+        for session in list(self._sessions):
+            session.distrust(hop.peer)
+        if evidence is None or self._evidence is None:
+            return
+        try:
+            path = save(evidence, self._evidence)
+        except OSError as error:
+            logger.warning("the evidence against peer %s cannot be written: %s", hop.peer, error)
+        else:
+            logger.warning("the evidence against peer %s is in %s", hop.peer, path)
+
+    @property
+    def audits(self) -> Counts:
+        """How the audits so far have ended."""
+        return self._auditor.counts if self._auditor is not None else Counts()
+
+    async def settle_audits(self, timeout: float | None = None) -> None:
+        """Return once no audit waits any more, or after so many seconds."""
+        if self._auditor is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._auditor.settle()
 
     def peers(self) -> list[PeerReport]:
         """Who serves what of this model, as this client sees it now."""

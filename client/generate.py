@@ -20,6 +20,8 @@ async def main(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.prompt)
     async with joined_swarm(args) as swarm:
         await answer(swarm, prompt, options, raw=args.raw, as_json=args.json)
+        if args.evidence_folder is not None:
+            await swarm.settle_audits(args.timeout)
     return 0
 
 

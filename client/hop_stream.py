@@ -144,14 +144,19 @@ class HopStream:
             raise RemoteFault(self._hop, "answered something that it was not asked")
         return answer
 
-    async def close(self, session_id: str) -> None:
-        """Say goodbye, so that the hop frees its memory at once; it will anyway when the stream ends."""
+    async def close(self, session_id: str) -> Closed | None:
+        """Say goodbye, so that the hop frees its memory at once; it will anyway when the stream ends.
+
+        Returns what it answers, None if nothing.
+        """
         try:
             if self._calls is not None and self._listening is not None:
                 with suppress(SwarmError):
-                    await self.ask(Close(session_id=session_id), Closed, self._deadlines.close)
+                    answer = await self.ask(Close(session_id=session_id), Closed, self._deadlines.close)
+                    return answer if isinstance(answer, Closed) else None
         finally:
             self.abort()
+        return None
 
     def abort(self) -> None:
         """End the stream at once. Safe to call again."""

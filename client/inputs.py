@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from swarm.client.journal import Journal, JournalStore
+from swarm.client.journal import Journal, JournalStore, RowForm
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net.forms import Codec, Dtype
 
@@ -26,6 +26,11 @@ class Wired(NamedTuple):
     shape: tuple[int, ...]
     dtype: Dtype
     codec: Codec
+
+    def first(self, rows: int) -> bytes:
+        """The bytes of the first `rows` of hidden states."""
+        form = RowForm.of(self.shape[1], self.dtype, self.codec)
+        return b"".join(self.data[part] for part in form.parts(0, rows, self.shape[0]))
 
     def as_form(self, form: Form) -> memoryview:
         """The bytes of hidden states in another form, which may be this one."""

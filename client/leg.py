@@ -4,6 +4,7 @@ Owns what the hop holds of the sequence and where its time went; checks whatever
 owner at once. Must not know of the other hops, nor why a step is made.
 """
 
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from swarm.client.inputs import Wired
 from swarm.client.page_chain import PageChain
 from swarm.client.route import Hop
 from swarm.client.suspicion import DECODE_TOKENS, ResponseTimes
+from swarm.client.testimony import Testimony
 from swarm.kernels.codecs import is_finite
 from swarm.net.forms import Codec, Dtype, Wire, tensor_bytes
 from swarm.net.messages import (
@@ -34,6 +36,8 @@ from swarm.net.messages import (
 )
 from swarm.net.transport import Transport
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
+
+logger = logging.getLogger(__name__)
 
 MAX_CHUNK = 4096
 """Tokens that a step has at most, whatever a hop would take."""
@@ -64,7 +68,8 @@ class Asked:
     """What a session asks of every hop at its opening: room for `max_tokens`, and what it begins with.
 
     `tokens` are None where the sequence is given as hidden states, of which nobody knows the tokens. `wire`
-    is how activations are to travel.
+    is how activations are to travel. Hops are to `vouch` for what they give; if the session is `audited`, it
+    is kept what that was.
     """
 
     model_id: str
@@ -73,6 +78,8 @@ class Asked:
     max_tokens: int
     tokens: Sequence[int] | None
     wire: Wire = "exact"
+    vouch: bool = False
+    audited: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -123,7 +130,8 @@ class Leg:
     The hop holds the session's first `length` tokens, and will hold `sent` once it has answered all. Once
     there is a `fault` it is of no use any more. `onward` is the leg whose hop it passes steps to, `linking`
     the one with which that is being tried. Steps are not to be sent before `resume_at`, since the hop has had
-    no room for them since `busy_since`. A hop without a `chain` is told no keys of pages.
+    no room for them since `busy_since`. A hop without a `chain` is told no keys of pages. What it gave to an
+    audited session is its `testimony`.
     """
 
     def __init__(self, hop: Hop, chain: PageChain | None, deadlines: Deadlines, clock: Callable[[], float]):
@@ -143,6 +151,7 @@ class Leg:
         self.linking: Leg | None = None
         self.resume_at = 0.0
         self.busy_since: float | None = None
+        self.testimony: Testimony | None = None
         self._clock = clock
         self._asked: Asked
         self._listener: Listener
@@ -189,13 +198,18 @@ class Leg:
             max_tokens=asked.max_tokens,
             page_keys=keys,
             wire=asked.wire,
+            vouch=asked.vouch,
         )
         opened = await self._stream.open(transport, message)
         if opened.dtype == "uint32" or opened.session_id != self.session_id:
             raise RemoteFault(self.hop, "answered the opening of a session with something else")
         if opened.held > len(keys) // KEY_BYTES * PAGE_TOKENS:
             raise RemoteFault(self.hop, "says it holds more of a new session than it was asked for")
+        if asked.audited and opened.held and self.block:
+            raise RemoteFault(self.hop, "says it holds what it was never brought")
         self.opened = opened
+        if asked.audited:
+            self.testimony = Testimony(self.hop, asked.model_id, self.session_id, opened)
         self.length = self.sent = opened.held
         self._stream.listen(tensor_bytes((self.max_chunk, asked.hidden_size), opened.dtype, opened.codec))
 
@@ -203,6 +217,8 @@ class Leg:
         """The hop will be brought this step, and is to answer it."""
         self.pending[pending.number] = pending
         self.sent = pending.end
+        if self.testimony is not None and pending.is_pushed:
+            self.testimony.was_fed = True
 
     async def send(self, pending: Pending, body: bytes | memoryview) -> None:
         """Bring the step to the hop. A failure shows as `fault`."""
@@ -217,6 +233,8 @@ class Leg:
         """What the hop holds from position `length` on is not wanted any more."""
         self.length = min(self.length, length)
         self.sent = min(self.sent, length)
+        if self.testimony is not None:
+            self.testimony.cut(length)
         for pending in self.pending.values():
             pending.valid_end = min(pending.valid_end, length)
 
@@ -280,9 +298,20 @@ class Leg:
         assert isinstance(answer, HandedOver)
         return answer.tokens
 
+    def adopted(self, tokens: int) -> None:
+        """The hop was given what another one held of the first `tokens` tokens."""
+        self.length = self.sent = tokens
+        if self.testimony is not None:
+            self.testimony.whole = False
+
     async def close(self) -> None:
         """Say goodbye, waiting a moment at most."""
-        await self._stream.close(self.session_id)
+        closed = await self._stream.close(self.session_id)
+        if closed is not None and closed.voucher is not None and self.testimony is not None:
+            try:
+                self.testimony.vouch(closed.voucher)
+            except RemoteFault as fault:
+                logger.info("the last voucher of a session is of no use: %s", fault)
 
     def abort(self) -> None:
         """End it without a word. Safe to call again."""
@@ -327,6 +356,9 @@ class Leg:
             return
         try:
             self._check(result, body, pending.step)
+            wired = Wired(body, result.shape, result.dtype, result.codec)
+            if self.testimony is not None:
+                self.testimony.hear(pending.start, pending.tokens, wired, result.vouchers)
         except RemoteFault as fault:
             self._listener.on_refused(self, pending, fault)
             return
@@ -334,7 +366,6 @@ class Leg:
         if pending.valid_end > pending.start:
             self.length = max(self.length, pending.valid_end)
         self.busy_since = None
-        wired = Wired(body, result.shape, result.dtype, result.codec)
         self._listener.on_result(self, pending, wired, result.pushed)
 
     def _answered(self, number: int) -> Pending | None:

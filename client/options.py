@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 from swarm.client.peer_ids import check_peers
@@ -23,6 +24,10 @@ MAX_BIAS = 100.0
 
 MAX_LOGPROBS = 20
 """So many of the likeliest tokens are told at each position at most."""
+
+
+PUBLIC_AUDIT_RATE = 0.03
+"""The part of all sessions that is audited among strangers, unless a client wants another."""
 
 
 class Options(TypedDict, total=False):
@@ -159,6 +164,8 @@ class SessionKeywords(TypedDict, total=False):
     trust_first_last: Sequence[str] | None
     trust_depth: int
     max_share: float
+    audit_rate: float | None
+    evidence_folder: Path | str | None
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,10 @@ class SessionOptions:
     Where `trust_first_last` names peers, they alone run the first `trust_depth` blocks and as many last ones:
     near the ends activations tell the text most easily. No peer runs more than `max_share` of all blocks.
 
+    Of the part `audit_rate` of all sessions other servers compute once more what each gave; None stands for
+    `PUBLIC_AUDIT_RATE`, and for no session in private swarms. Evidence of wrong results is written to
+    `evidence_folder`, if there is one: the text can be told from it.
+
     Raises:
         InputError: a value is out of its range.
     """
@@ -183,6 +194,8 @@ class SessionOptions:
     trust_first_last: Sequence[str] | None = None
     trust_depth: int = 1
     max_share: float = 1.0
+    audit_rate: float | None = None
+    evidence_folder: Path | str | None = None
 
     def __post_init__(self) -> None:
         _require(self.wire in get_args(Wire), "wire", self.wire, "exact, half or int8")
@@ -193,6 +206,14 @@ class SessionOptions:
             check_peers(self.trust_first_last)
         _require(self.trust_depth >= 1, "trust_depth", self.trust_depth, "of 1 or more")
         _require(0 < self.max_share <= 1, "max_share", self.max_share, "above 0 and at most 1")
+        rate = self.audit_rate
+        _require(rate is None or 0 <= rate <= 1, "audit_rate", rate, "between 0 and 1")
+
+    def audited(self, *, is_private: bool) -> float:
+        """The part of all sessions that is audited, in a private swarm or a public one."""
+        if self.audit_rate is None:
+            return 0.0 if is_private else PUBLIC_AUDIT_RATE
+        return self.audit_rate
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

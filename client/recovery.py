@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from swarm.client.auditor import Auditor
 from swarm.client.changes import Changes
 from swarm.client.concurrently import concurrently
 from swarm.client.faults import HopError, NoCapacity, RequestRefused
@@ -71,7 +72,8 @@ class Environment:
     """What all sessions of a client share.
 
     By `secret`, 64 bytes at most, later sessions find what hops keep of this client's. `store` keeps what is
-    needed when hops are lost. With `pushes` hops pass steps on to each other where they can. `embed` serves
+    needed when hops are lost. With `pushes` hops pass steps on to each other where they can. Some sessions
+    are audited by `auditor`, if there is one. `embed` serves
     first hops that take no token ids, `likeliest` last ones that give none: it makes hidden states
     [rows, hidden] the likeliest token after each.
     """
@@ -84,6 +86,7 @@ class Environment:
     embed: Embed
     likeliest: Likeliest
     pushes: bool = True
+    auditor: Auditor | None = None
 
 
 class Recovery:
@@ -251,7 +254,7 @@ class Recovery:
         if _are_alike(hops, hop):
             try:
                 tokens = await leg.hand_over(legs[0])
-                legs[0].length = legs[0].sent = min(tokens, leg.length)
+                legs[0].adopted(min(tokens, leg.length))
                 self.handed_over_tokens += legs[0].length
             except HopError as fault:
                 logger.info("a session is replayed, since it was not handed over: %s", fault)

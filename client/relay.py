@@ -135,6 +135,15 @@ class Relay:
         self.legs[first:end] = legs
         self._plan()
 
+    def distrust(self, leg: Leg, fault: HopError) -> None:
+        """What the hop gave is wrong: it is lost, and so is what the hops after it made of that."""
+        for after in self.legs[self.legs.index(leg) + 1 :]:
+            self._doubts.pop(after, None)
+            after.give_up_from(0)
+            after.rewind(0)
+        self._inputs.truncate(0, leg.block + 1)
+        leg.fail(fault)
+
     def close(self) -> None:
         """What hops say from now on of each other is no wonder: they end one after the other."""
         self._watch.close()

@@ -5,7 +5,9 @@ learned of peers stands in `experience`. Must not know of sessions or of what tr
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from swarm.client.concurrently import concurrently
@@ -17,6 +19,7 @@ from swarm.client.graph import View
 from swarm.client.privacy import NO_PRIVACY, Limits, Privacy
 from swarm.client.route import Hop, NoRoute, Route, find_route
 from swarm.client.waking import wake
+from swarm.client.witnesses import choose_witness
 from swarm.dht.announcement import Announcement
 from swarm.dht.directory import Directory
 from swarm.errors import SwarmError
@@ -181,6 +184,51 @@ class Routes:
         """Whether `source` is to be asked to send straight to `target`."""
         return self._experience.may_push(source, target, self._now())
 
+    def caught(self, peer: PeerId) -> None:
+        """`peer` has given wrong results: it is left out of routes for a day."""
+        self._experience.caught(peer, self._now())
+
+    def witnesses(
+        self,
+        span: Span,
+        tokens: int,
+        *,
+        known: Collection[PeerId],
+        beside: Iterable[Hop],
+        rng: random.Random,
+    ) -> tuple[Hop, ...]:
+        """Hops that run `span` once more for a second opinion, none of them of the peers `known`.
+
+        One by lot where somebody holds all of it, else the fastest ones; suspects only where there is nobody
+        else. The session's other blocks are run by the hops `beside`.
+
+        Raises:
+            NoRoute: nobody else can be asked now.
+        """
+        now, limits = self._now(), self._limits.beside((hop.peer, hop.span) for hop in beside)
+        announcements = self._directory.announcements
+        costs = self.costs()
+        left_out = {*known, *self._experience.avoided(announcements, now), *costs.penalties}
+        candidates = [
+            server
+            for server in limits.within(announcements)
+            if server.state == "serving"
+            and server.kv_tokens_left >= tokens
+            and server.span.covers(span)
+            and limits.left(server.peer_id) >= span.size
+            and server.peer_id not in left_out
+        ]
+        accused = [server for server in announcements if server.peer_id in known]
+        witness = choose_witness(candidates, accused, rng)
+        if witness is not None:
+            return (Hop(witness.peer_id, span, witness),)
+        asked = dict.fromkeys(known, "has been asked")
+        return self._find(span, tokens, ONE_TOKEN, costs, limits, asked).hops
+
+    def doubt(self, hop: Hop) -> None:
+        """Something may be wrong with what `hop` gives, or with what another one does."""
+        self._experience.doubted(hop.peer, self._now())
+
     def push_failed(self, source: PeerId, target: PeerId) -> None:
         """`source` could not reach `target`: for some minutes that edge leads through the client."""
         self._experience.push_failed(source, target, self._now())
@@ -303,6 +351,7 @@ class Routes:
         demand: Demand,
         costs: Costs,
         limits: Limits,
+        left_out: Mapping[PeerId, str] = MappingProxyType({}),
     ) -> Route:
         announcements = self._directory.announcements
         if announcements != self._viewed:
@@ -315,7 +364,7 @@ class Routes:
             demand=demand,
             model=self._model.name,
             tokens=tokens,
-            excluded={peer: one.reason for peer, one in avoided.items()},
+            excluded={peer: one.reason for peer, one in avoided.items()} | dict(left_out),
             woken=[peer for peer, one in avoided.items() if one.said is not None],
             limits=limits,
         )

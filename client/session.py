@@ -6,24 +6,29 @@ A hop that is lost is replaced, and the step goes on. Knows token ids and hidden
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Self
 
 from torch import Tensor
 
+from swarm.client.auditor import Case
 from swarm.client.changes import Change
 from swarm.client.concurrently import concurrently
-from swarm.client.faults import HopError
+from swarm.client.experience import LIED
+from swarm.client.faults import HopError, RemoteFault
 from swarm.client.inputs import Inputs, Wired
 from swarm.client.leg import Asked, HopTimes
 from swarm.client.recovery import Environment, Recovery
 from swarm.client.relay import Relay, Wanted
 from swarm.client.route import Hop, Route
+from swarm.client.scrutiny import Scrutiny
 from swarm.errors import SwarmError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net.messages import ResponseType
+from swarm.net.transport import PeerId
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +52,10 @@ class Session:
         clock = environment.transport.clock
         self._relay = Relay(self._tokens, self._inputs, environment.router, clock, self._on_news)
         self._recovery = Recovery(self._relay, environment)
+        auditor = environment.auditor
+        self._scrutiny = (
+            Scrutiny(auditor, asked, self._inputs, auditor.rng) if auditor and asked.audited else None
+        )
         self._busy = asyncio.Lock()
         self._moving: asyncio.Task[None] | None = None
 
@@ -57,6 +66,11 @@ class Session:
         Raises:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
         """
+        auditor = environment.auditor
+        if auditor is not None and asked.tokens is not None:
+            asked = replace(asked, vouch=True, audited=auditor.draws(route.hops, asked.max_tokens))
+        if asked.audited:  # by a secret that nobody has heard of hops find nothing: all they give is computed
+            environment = replace(environment, secret=secrets.token_bytes(32))
         session = cls(environment, route, asked)
         await session._open(route)
         return session
@@ -153,14 +167,30 @@ class Session:
     async def close(self) -> None:
         """Tell the hops that the session is over, waiting a moment at most. Safe to call again."""
         if self.is_open:
+            scrutiny = self._scrutiny
+            cases = await self._last_cases(scrutiny) if scrutiny else []
             self._end()
             await asyncio.gather(*(leg.close() for leg in self._relay.legs))
+            if scrutiny:
+                scrutiny.submit(cases)
 
     def abort(self) -> None:
         """End at once, without a word to the hops."""
         self._end()
         for leg in self._relay.legs:
             leg.abort()
+
+    def distrust(self, peer: PeerId) -> None:
+        """`peer` gives wrong results: others take its place, and what came of those is computed again."""
+        for leg in self._relay.legs:
+            if self.is_open and leg.hop.peer == peer and leg.fault is None:
+                self._relay.distrust(leg, RemoteFault(leg.hop, LIED))
+
+    async def _last_cases(self, scrutiny: Scrutiny) -> list[Case]:
+        try:
+            return await scrutiny.cases(self._relay.legs, self._tokens)
+        except LookupError:
+            return []  # the journals do not hold any more what went in
 
     async def _open(self, route: Route) -> None:
         hops = route.hops
@@ -199,8 +229,12 @@ class Session:
                     except HopError:
                         await self._recovery.heal(self._asked_now)
                     else:
-                        self._recovery.has_healed()
-                        return answer
+                        break
+                self._recovery.has_healed()
+                if self._scrutiny is not None and self._scrutiny.is_due(len(self._tokens)):
+                    with suppress(LookupError):  # the journals may not hold any more what went in
+                        await self._scrutiny.look(self._relay.legs, self._tokens)
+                return answer
 
     def _keep_given(self, seq_pos: int, hidden: Tensor) -> None:
         first = self._relay.legs[0]

@@ -50,6 +50,8 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
             trust_first_last=args.trust_first_last,
             trust_depth=args.trust_depth,
             max_share=args.max_share,
+            audit_rate=args.audit_rate,
+            evidence_folder=args.evidence_folder,
         )
     async with swarm:
         yield swarm

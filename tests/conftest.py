@@ -55,6 +55,12 @@ def no_unowned_task() -> Iterator[None]:
     assert not complaints.lines, "asyncio complains:\n" + "\n".join(complaints.lines)
 
 
+@pytest.fixture(autouse=True)
+def no_audit_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audits only what a test asks to be audited."""
+    monkeypatch.setattr("swarm.client.options.PUBLIC_AUDIT_RATE", 0.0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left() -> Iterator[None]:
     """Fails the run if a process that a test started outlives it."""

@@ -24,7 +24,7 @@ from swarm.dht.memory import MemoryStore
 from swarm.net import messages
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork
-from swarm.net.messages import AnyMessage, Close, Open, Opened, Step
+from swarm.net.messages import AnyMessage, Close, Feed, Open, Opened, Step
 from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, Stream, Transport
 from swarm.net.virtual_time import VirtualTimeLoop
 from swarm.server.cell import OnProgress, ShardCell
@@ -115,7 +115,7 @@ class ToyServer(Script):
 
     `refuse` answers opens, `claims` is what it says it holds, whatever it does; `lie` changes what it says.
     What the engine does and remembers are the fields of `Script`. The access that `wrap` gives to the network
-    is the one it uses.
+    is the one it uses. `fed` changes what other servers bring it, as if those told their clients otherwise.
     """
 
     network: MemoryNetwork
@@ -124,6 +124,7 @@ class ToyServer(Script):
     wrap: Wrap = lambda transport: transport
     claims: int | None = None
     lie: Callable[[AnyMessage], AnyMessage] | None = None
+    fed: Callable[[memoryview], bytes] | None = None
     refuse: list[messages.Error] = field(default_factory=list)
     refused: list[Open] = field(default_factory=list)
     opened: list[Open] = field(default_factory=list)
@@ -234,7 +235,9 @@ class ToyServer(Script):
             return engine
 
         self.cell = ShardCell(self.span, load)
-        self.sessions = Sessions(MODEL_ID, HIDDEN, self.cell, self.transport, metrics=metrics())
+        self.sessions = Sessions(
+            MODEL_ID, HIDDEN, self.cell, self.transport, metrics=metrics(), identity=self.identity
+        )
 
 
 class Tapped:
@@ -244,6 +247,7 @@ class Tapped:
         self.peer = stream.peer
         self._stream = stream
         self._server = server
+        self._is_feed = False
 
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         await self._stream.send(messages.encode(self._server.says(messages.decode(bytes(header)))), body)
@@ -252,7 +256,11 @@ class Tapped:
         while True:
             header, body = await self._stream.receive(max_body)
             with suppress(FrameError):
-                answer = self._server.hears(messages.decode(header))
+                message = messages.decode(header)
+                self._is_feed = self._is_feed or isinstance(message, Feed)
+                if self._is_feed and self._server.fed is not None and isinstance(message, Step):
+                    body = memoryview(self._server.fed(body))
+                answer = self._server.hears(message)
                 if answer is not None:
                     await self._stream.send(messages.encode(answer))
                     continue

@@ -8,6 +8,17 @@ Codec: TypeAlias = Literal["raw", "scaled", "blocks"]
 Wire: TypeAlias = Literal["exact", "half", "int8"]
 """How activations travel: as they are computed, or rounded to 16 bits a value, or to 8 in blocks of 32."""
 
+FORMS: frozenset[tuple[Dtype, Codec]] = frozenset(
+    {
+        ("float32", "raw"),
+        ("bfloat16", "raw"),
+        ("float16", "raw"),
+        ("float16", "scaled"),
+        ("int8", "blocks"),
+    }
+)
+"""In which activations can travel."""
+
 ITEM_BYTES: dict[str, int] = {"uint32": 4, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 BLOCK_VALUES = 32
 """Values of a token that share one float16 scale in the codec `blocks`."""

@@ -4,7 +4,8 @@ A stream begins with what it is for. One that a client opens carries a session, 
 by an `Opened`, each `Step` by a `Result`, `Link` by a `Linked`, `HandOver` by a `HandedOver`, `Ping` by a
 `Pong`, `Observe` by an `Observed`, `DialBack` by a `DialledBack`, `Probe` by a `Probed`, `Close` by a
 `Closed`; any of them may get an `Error` instead. Steps are answered in their order, but need not wait for
-each other. Unasked, a hop says `Unfed` and `Leaving`.
+each other. Unasked, a hop says `Unfed` and `Leaving`. Where it was asked to at the opening and agreed, it
+vouches for what it gives: some `Result`s, and `Closed`, carry what `swarm.net.vouchers` packs.
 
 A stream that a hop opens to the next one brings a session's steps there: `Feed` is answered by `Fed`, and the
 `Step`s after it are answered to the client. Or it brings the KV memory of a session whose hop leaves: each
@@ -20,6 +21,7 @@ import msgspec
 
 from swarm.net.forms import Codec, Dtype, Wire, tensor_bytes
 from swarm.net.transport import FrameError
+from swarm.net.vouchers import MAX_VOUCHER_BYTES
 from swarm.page_keys import KEY_BYTES
 
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -47,6 +49,8 @@ MAX_PAGE_KEYS = 3_584
 
 PageKeys = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES * MAX_PAGE_KEYS)]
 """The keys of successive pages, one behind the other; see `swarm.page_keys`."""
+
+PackedVoucher = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_VOUCHER_BYTES)]
 
 PayloadType: TypeAlias = Literal["token_ids", "hidden_states"]
 Priority: TypeAlias = Literal["interactive", "bulk"]
@@ -139,7 +143,7 @@ class Open(Message, frozen=True, tag="open"):
     """Open a session on blocks `[start, end)` that will hold at most `max_tokens`.
 
     It begins with what the hop has kept of the pages named by `page_keys`, the sequence's first ones.
-    Activations are to travel as `wire` says.
+    Activations are to travel as `wire` says. The hop is to `vouch` for what it gives, if it can.
     """
 
     session_id: SessionId
@@ -150,13 +154,15 @@ class Open(Message, frozen=True, tag="open"):
     page_keys: PageKeys = b""
     priority: Priority = "interactive"
     wire: Wire = "exact"
+    vouch: bool = False
 
 
 class Opened(Message, frozen=True, tag="opened"):
     """The session exists. Activations travel as `dtype` with `codec`, at most `max_step_tokens` a step.
 
     It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
-    bring token ids instead of hidden states if `takes_token_ids`, and ask for some if `gives_token_ids`.
+    bring token ids instead of hidden states if `takes_token_ids`, and ask for some if `gives_token_ids`. The
+    hop `vouches` for what it gives.
     """
 
     session_id: SessionId
@@ -166,6 +172,7 @@ class Opened(Message, frozen=True, tag="opened"):
     held: Position = 0
     takes_token_ids: bool = False
     gives_token_ids: bool = False
+    vouches: bool = False
 
 
 class Onward(msgspec.Struct, frozen=True, array_like=True):
@@ -203,7 +210,10 @@ class Step(Message, frozen=True, tag="step"):
 
 
 class Result(Message, frozen=True, tag="result"):
-    """What a step gave, and where its time on the hop went. `pushed`: the linked hop was sent it too."""
+    """What a step gave, and where its time on the hop went. `pushed`: the linked hop was sent it too.
+
+    The `vouchers` are for rows that were given up to here, each for some dozens.
+    """
 
     session_id: SessionId
     number: Number
@@ -215,6 +225,7 @@ class Result(Message, frozen=True, tag="result"):
     queue_ms: Milliseconds = 0.0
     compute_ms: Milliseconds = 0.0
     pushed: bool = False
+    vouchers: Annotated[tuple[PackedVoucher, ...], msgspec.Meta(max_length=2)] = ()
 
 
 class Link(Message, frozen=True, tag="link"):
@@ -291,7 +302,10 @@ class Close(Message, frozen=True, tag="close"):
 
 
 class Closed(Message, frozen=True, tag="closed"):
+    """The session has ended; the `voucher` is for what it gave that no other one was for."""
+
     session_id: SessionId
+    voucher: PackedVoucher | None = None
 
 
 class Error(Message, frozen=True, tag="error"):

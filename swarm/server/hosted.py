@@ -23,6 +23,7 @@ from swarm.server.hand_over import hand_over
 from swarm.server.metrics import Metrics
 from swarm.server.onward import Onward
 from swarm.server.span_engine import SpanEngine, StepOutcome
+from swarm.server.vouching import INLINE_BYTES, Vouching
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class Waiting(NamedTuple):
 class Hosted:
     """A session of `client`, which is told what becomes of its steps through `outbox`.
 
-    `on_used` is called whenever something was done for it. `engine` is None once it was evicted.
+    `on_used` is called whenever something was done for it. `engine` is None once it was evicted. What it
+    gives is vouched for by `vouching`, if that was asked for.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Hosted:
         transport: Transport,
         metrics: Metrics,
         on_used: Callable[[], None],
+        vouching: Vouching | None = None,
     ):
         self.client = client
         self.terms = terms
@@ -74,6 +77,7 @@ class Hosted:
         self._transport = transport
         self._metrics = metrics
         self._on_used = on_used
+        self._vouching = vouching
         self._is_closed = False
         self._turn = asyncio.Lock()  # held by what works on the session in the engine
         self._waiting: deque[Waiting] = deque()
@@ -140,9 +144,15 @@ class Hosted:
             raise StepError("bad_request", "This session cannot take anything over now.")
         self._feeder = None  # that stream brings no steps: its end will mean nothing
         async with self._turn:
+            if self._vouching is not None:
+                self._vouching.stop()
             await engine.import_kv(self.terms.session_id, piece.first, piece.end, data)
             self.terms.length = piece.end
         self._on_used()
+
+    def last_voucher(self) -> bytes | None:
+        """For what the session gave that no other voucher is for, if there is anything."""
+        return None if self._vouching is None or self.is_busy else self._vouching.last()
 
     def evict(self) -> None:
         """End the session in the engine; whatever waits or comes for it is told so."""
@@ -197,6 +207,8 @@ class Hosted:
         refused = self._refusal_of(step, len(one.body))
         if refused is None:
             self.terms.length = step.seq_pos
+            if self._vouching is not None:
+                self._vouching.cut(step.seq_pos)
             try:
                 done = await self._run(step, one.body)
             except NoCapacity as full:
@@ -208,7 +220,8 @@ class Hosted:
             return
         self._metrics.on_step(self.client, step, done, time.perf_counter() - one.came_at)
         self.terms.length = step.seq_pos + step.shape[0]
-        self._tell(step, done)
+        is_pushed = self._push(step, done)
+        self._tell(step, done, is_pushed, await self._vouch(step, one.body, done))
 
     def _refusal_of(self, step: Step, body: int) -> Error | None:
         if self.engine is None:
@@ -229,12 +242,21 @@ class Hosted:
             rows=step.rows,
         )
 
-    def _tell(self, step: Step, done: StepOutcome) -> None:
-        """Pass the result on, if it is to go on, and then tell the client."""
-        is_pushed = False
+    def _push(self, step: Step, done: StepOutcome) -> bool:
+        """Pass the result on, if it is to go on and can; whether it does."""
         if step.then and self._onward is not None and self._onward.leads_to(step.then[0].session_id):
             self._onward.push(step, done)
-            is_pushed = True
+            return True
+        return False
+
+    async def _vouch(self, step: Step, body: memoryview, done: StepOutcome) -> tuple[bytes, ...]:
+        if self._vouching is None:
+            return ()
+        if len(body) + len(done.data) <= INLINE_BYTES:
+            return self._vouching.on_step(step, body, done)
+        return await asyncio.to_thread(self._vouching.on_step, step, body, done)
+
+    def _tell(self, step: Step, done: StepOutcome, is_pushed: bool, vouchers: tuple[bytes, ...]) -> None:
         result = Result(
             session_id=step.session_id,
             number=step.number,
@@ -246,6 +268,7 @@ class Hosted:
             queue_ms=done.queue_ms,
             compute_ms=done.compute_ms,
             pushed=is_pushed,
+            vouchers=vouchers,
         )
         self._outbox.put(result, done.data)
 

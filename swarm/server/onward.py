@@ -11,7 +11,7 @@ from swarm.errors import InputError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net import messages
 from swarm.net.calls import MessageStream
-from swarm.net.forms import Codec, Dtype
+from swarm.net.forms import FORMS
 from swarm.net.messages import Feed, Step
 from swarm.net.outbox import Outbox
 from swarm.net.transport import FrameError, PeerId, StreamClosed, Transport
@@ -19,17 +19,6 @@ from swarm.server.span_engine import StepOutcome
 
 PATIENCE = 5.0
 """Seconds that the next hop has to answer, and to take a frame."""
-
-FORMS: frozenset[tuple[Dtype, Codec]] = frozenset(
-    {
-        ("float32", "raw"),
-        ("bfloat16", "raw"),
-        ("float16", "raw"),
-        ("float16", "scaled"),
-        ("int8", "blocks"),
-    }
-)
-"""In which activations can travel."""
 
 
 class Onward:

@@ -97,7 +97,13 @@ class Server:
         )
         self.metrics = Metrics(self.cell, model=shard.model.name, peer=network.identity.peer)
         self.sessions = Sessions(
-            shard.model.model_id, shard.hidden_size, self.cell, network.transport, limits, self.metrics
+            shard.model.model_id,
+            shard.hidden_size,
+            self.cell,
+            network.transport,
+            limits,
+            self.metrics,
+            identity=network.identity,
         )
         self._shard = shard
         self._network = network

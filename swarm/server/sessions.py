@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from swarm.allowance import Allowance
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.net.calls import MessageStream
+from swarm.net.identity import Identity
 from swarm.net.messages import (
     MAX_PROBE_BYTES,
     Adopt,
@@ -46,6 +47,7 @@ from swarm.server.metrics import Metrics
 from swarm.server.probes import Probes
 from swarm.server.seat import Seat
 from swarm.server.span_engine import SpanEngine
+from swarm.server.vouching import Form, Vouching
 from swarm.server.witness import Witness
 from swarm.spans import Span
 
@@ -72,7 +74,9 @@ class Sessions:
         limits: Limits | None = None,
         metrics: Metrics | None = None,
         witness: Witness | None = None,
+        identity: Identity | None = None,
     ):
+        """What is given is vouched for by `identity`, that of this peer, where a client asks for it."""
         self._model_id = model_id
         self._hidden_size = hidden_size
         self._cell = cell
@@ -82,6 +86,7 @@ class Sessions:
         self._witness = witness or Witness(transport)
         self._ways = Allowance(WAYS_PER_SECOND, WAYS_AT_ONCE)
         self._probes = Probes()
+        self._identity = identity
         self._seats: set[Seat] = set()
         self.last_ended_at = 0.0  # in the loop's time; 0 if no session has ended yet
         self._changed = asyncio.Event()
@@ -252,9 +257,19 @@ class Sessions:
         except StepError as error:
             return refusal("bad_request", error.message)
         terms = self._agree(asked, engine, held)
+        vouching = self._vouching(asked, terms)
         evicted, seat.hosted = (
             seat.hosted,
-            Hosted(seat.peer, terms, engine, seat.outbox, self._transport, self._metrics, seat.touch),
+            Hosted(
+                seat.peer,
+                terms,
+                engine,
+                seat.outbox,
+                self._transport,
+                self._metrics,
+                seat.touch,
+                vouching,
+            ),
         )
         if evicted is not None:
             await evicted.close()
@@ -274,6 +289,7 @@ class Sessions:
             held=held,
             takes_token_ids=terms.takes_token_ids,
             gives_token_ids=terms.gives_token_ids,
+            vouches=vouching is not None,
         )
 
     def _on_probe(self, seat: Seat, asked: Probe) -> Error | None:
@@ -295,8 +311,9 @@ class Sessions:
     async def _on_close(self, seat: Seat, asked: Close) -> Closed | Error:
         if seat.session_id != asked.session_id:
             return refusal("unknown_session", UNKNOWN)
+        voucher = seat.hosted.last_voucher() if seat.hosted else None
         await self._free(seat)
-        return Closed(session_id=asked.session_id)
+        return Closed(session_id=asked.session_id, voucher=voucher)
 
     async def _be_fed(self, seat: Seat, asked: Feed) -> None:
         """Take a session's steps, or its KV memory, from another server until the stream ends."""
@@ -357,6 +374,12 @@ class Sessions:
             seat for seat in self._seats if seat.hosted is not None and seat.hosted.engine is not None
         )
         return next((seat for seat in open_ones if seat.session_id == session_id), None)
+
+    def _vouching(self, asked: Open, terms: Terms) -> Vouching | None:
+        if self._identity is None or not asked.vouch:
+            return None
+        form = Form(self._model_id, self._cell.dtype, self._cell.quantization)
+        return Vouching(self._identity, form, terms, asked.page_keys)
 
     def _offer(self, peer: PeerId) -> Offer:
         return Offer(

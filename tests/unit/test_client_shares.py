@@ -278,7 +278,7 @@ def test_peers_are_read_from_a_line_or_a_file(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--trust-first-last", "nobody"], "'nobody' is not the id of a peer"),
-        (["--max-share", "0"], "'0' is not a fraction above 0 and at most 1"),
+        (["--max-share", "0"], "a share of 0 lets no peer run anything"),
         (["--trust-depth", "0"], "'0' is not a whole number of at least 1"),
     ],
 )

@@ -16,12 +16,11 @@ from swarm.blocks.fingerprint import VOLATILE_KEYS, fingerprint
 from swarm.dht import announcer, keeping, neighbours, node_ids, records, search
 from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, PeerState, Throughput
 from swarm.dht.node_ids import node_id_of
-from swarm.net import forms, inbound, messages, transport
+from swarm.net import forms, inbound, messages, transport, vouchers
 from swarm.net.framing import LENGTHS
 from swarm.net.identity import Identity
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS, page_keys
 from swarm.server import admission, hand_over, hosted, server
-from swarm.server.onward import FORMS
 from tests.pages import ROOT, Page
 
 PAGE = Page(ROOT / "docs" / "protocol.md")
@@ -42,6 +41,7 @@ MESSAGES: dict[str, type] = {struct.__struct_config__.tag: struct for struct in 
 TABLES: dict[str, type] = {
     **{f"### {tag}": struct for tag, struct in MESSAGES.items()},
     "An `onward` is": messages.Onward,
+    "A voucher is a msgpack list: the number 1, then": vouchers.Voucher,
     "### Announcements": Announcement,
     "Throughput is measured": Throughput,
     "### Models": ModelEntry,
@@ -198,6 +198,9 @@ def test_states_are_those_of_the_code() -> None:
         f"ids of keys, at most {search.KEYS_PER_CALL}",
         f"`{node_ids._DOMAIN.decode()}`",
         f"`{MODELS_KEY}`",
+        f"one voucher for at least {vouchers.VOUCHED_ROWS} rows",
+        f"the {len(vouchers._DOMAIN)} bytes `{vouchers._DOMAIN.decode()}`",
+        f"`{vouchers._BEGIN.decode()}`",
         f"the {len(records._DOMAIN)} bytes `{records._DOMAIN.decode()}`",
         " ".join(f"`{key}`" for key in sorted(VOLATILE_KEYS)),
     ],
@@ -212,7 +215,7 @@ def test_codecs_are_those_of_the_wire() -> None:
         for dtypes, codec, _ in rows_after("Values are little-endian,")
         for dtype in dtypes.replace("`", "").split()
     }
-    assert told == {("uint32", "raw"), *FORMS}
+    assert told == {("uint32", "raw"), *forms.FORMS}
 
 
 def examples() -> list[str]:

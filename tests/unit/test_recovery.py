@@ -1,7 +1,7 @@
 """Sessions on real engines whose hops are lost, hang or leave: they answer as if nothing had happened."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +78,17 @@ class Several:
 
 
 @asynccontextmanager
-async def several(model: Model, spans: dict[str, Span], **options: Any) -> AsyncIterator[Several]:
-    """Servers of `spans` and a client, on a network with distances, all on the loop's virtual clock."""
+async def several(
+    model: Model,
+    spans: dict[str, Span],
+    *,
+    engine_of: Callable[[str, Span, EngineConfig], Awaitable[Any]] | None = None,
+    **options: Any,
+) -> AsyncIterator[Several]:
+    """Servers of `spans` and a client, on a network with distances, all on the loop's virtual clock.
+
+    The servers' engines may be others: `engine_of` gives one for each name.
+    """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     network, store = MemoryNetwork(default_link=LAN), MemoryStore(loop.now)
@@ -92,6 +101,8 @@ async def several(model: Model, spans: dict[str, Span], **options: Any) -> Async
         identity = Identity.from_seed(name)
 
         async def load(span: Span, on_progress: Any, *, kv_tokens: int | None = None) -> Engine:
+            if engine_of is not None:
+                return await engine_of(name, span, config)
             return await Engine.load(model, span, config, on_progress)
 
         access = Network(identity, network.transport(identity), store.another())
