@@ -134,7 +134,14 @@ def test_any_step_may_be_struck(kind: type[messages.Message], seed: int) -> None
 
 def test_every_message_has_its_turn() -> None:
     """So that a new one is not forgotten here."""
-    outside_sessions = {messages.Observe, messages.Observed, messages.DialBack, messages.DialledBack}
+    outside_sessions = {
+        messages.Observe,
+        messages.Observed,
+        messages.DialBack,
+        messages.DialledBack,
+        messages.Probe,
+        messages.Probed,
+    }
     assert set(KINDS) == set(get_args(messages.AnyMessage)) - outside_sessions
 
 
