@@ -1,8 +1,8 @@
 """Reaching peers that cannot be dialled: through others that relay for them, which libp2p's daemon does.
 
 Knows the daemon's options for it, and what a peer is asked to find out how much it relays. Connections
-through a relay are encrypted from end to end like all others. Where both ends can be told of each other's
-address, the daemon replaces them by direct ones (hole punching).
+through a relay are encrypted from end to end like all others. Where both ends listen, the daemon tries
+to replace them by direct ones (hole punching).
 
 Source: libp2p specs, `relay/circuit-v2.md` and `relay/DCUtR.md`.
 """
