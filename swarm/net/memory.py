@@ -6,7 +6,7 @@ that deliver everything or break. How time passes on a wire is `wire`'s; what pe
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations, product
 from types import TracebackType
@@ -34,15 +34,24 @@ Who: TypeAlias = str | Identity
 
 
 class MemoryNetwork:
-    """All peers of one in-process swarm and the wires between them."""
+    """All peers of one in-process swarm and the wires between them.
 
-    def __init__(self, seed: int = 0, default_link: Link | None = None):
+    A wire is as `link_of` says of its two ends, or as `default_link` if there is none.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        default_link: Link | None = None,
+        link_of: Callable[[PeerId, PeerId], Link] | None = None,
+    ):
         self.default_link = default_link or Link()
         self.places: dict[PeerId, str] = {}
         """Where others see a peer's connections come from, as multiaddrs; for tests to set."""
         self.relays: dict[PeerId, int] = {}
         """How many bytes a connection may carry that a peer relays; for tests to set."""
         self._seed = seed
+        self._link_of = link_of
         self._named: dict[str, Identity] = {}
         self._transports: dict[PeerId, MemoryTransport] = {}
         self._wires: dict[tuple[PeerId, PeerId], Wire] = {}
@@ -137,7 +146,8 @@ class MemoryNetwork:
 
     def _wire(self, source: PeerId, target: PeerId) -> Wire:
         if (source, target) not in self._wires:
-            self._wires[source, target] = Wire(self.default_link, f"{self._seed} {source} {target}")
+            link = self._link_of(source, target) if self._link_of else self.default_link
+            self._wires[source, target] = Wire(link, f"{self._seed} {source} {target}")
         return self._wires[source, target]
 
     def _identity(self, name: str) -> Identity:

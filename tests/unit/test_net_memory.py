@@ -71,6 +71,16 @@ async def test_latency_and_bandwidth():
 
 
 @in_virtual_time
+async def test_wires_may_differ_by_their_ends():
+    lengths = {}
+    network = MemoryNetwork(link_of=lambda one, other: Link(latency=lengths[one, other]))
+    a, b = network.peer("a"), network.peer("b")
+    lengths.update({(a, b): 0.05, (b, a): 0.2})
+    _, _, stream = await two_peers(network)
+    assert await round_trip(stream) == pytest.approx(0.25)
+
+
+@in_virtual_time
 async def test_streams_share_their_link():
     network = MemoryNetwork()
     a, b, first = await two_peers(network)
