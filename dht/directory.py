@@ -7,9 +7,10 @@ and measuring distances are done by the store and `RoundTrips`. It must not know
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
+from hashlib import blake2b
+from itertools import chain, groupby, zip_longest
 from typing import NamedTuple
 
 from swarm.dht.announcement import (
@@ -24,6 +25,7 @@ from swarm.dht.announcement import (
     model_entry_from,
 )
 from swarm.dht.records import RecordError, SignedRecord
+from swarm.dht.rtts import MAX_PEERS as MAX_MEASURED
 from swarm.dht.rtts import RoundTrips
 from swarm.dht.store import RecordStore
 from swarm.errors import SwarmError
@@ -127,12 +129,13 @@ class Directory:
         return [announcement for announcement in self.announcements if announcement.state == "joining"]
 
     def next_holders(self, span: Span) -> list[Announcement]:
-        """The other peers to whom a route may go on after `span`: they hold the block where it ends."""
-        return [
+        """Other peers to whom a route may go on after `span`: they hold the block where it ends."""
+        there = [
             announcement
             for announcement in self.announcements
             if span.end in announcement.span.blocks and announcement.peer != self._peer
-        ][:MAX_NEIGHBOURS]
+        ]
+        return sample(there, MAX_NEIGHBOURS, self._peer)
 
     def next_rtts(self, span: Span) -> dict[str, float]:
         """What a server of `span` announces as `rtts`: seconds to the next holders that answer."""
@@ -165,7 +168,7 @@ class Directory:
         """
         keys = [block_key(self.model_id, block) for block in range(self.num_blocks)]
         found = await self._store.get([MODELS_KEY, *keys])
-        records = (record for key in keys for record in found[key])
+        records = in_turn(found[key] for key in keys)
         self._listings, dropped = merge(self._listings, records, self.num_blocks, self._store.now())
         self._models = listed_models(found[MODELS_KEY])
         self.dropped += dropped
@@ -174,10 +177,13 @@ class Directory:
         await self._notify()
 
     async def measure(self) -> None:
-        """Measure the round trip once to each peer that this one may need."""
-        near = self.announcements if self.span is None else self.next_holders(self.span)
+        """Measure the round trip once to each peer that this one may need, or a sample of them."""
+        if self.span is None:
+            needed = sample(self.announcements, MAX_MEASURED, self._peer)
+        else:
+            needed = self.next_holders(self.span)
         await self._round_trips.measure(
-            {announcement.peer_id: announcement.addresses for announcement in near}
+            {announcement.peer_id: announcement.addresses for announcement in needed}
         )
         await self._notify()
 
@@ -255,6 +261,28 @@ def merge(
     return merged, dropped
 
 
+def in_turn(found: Iterable[Sequence[SignedRecord]]) -> Iterator[SignedRecord]:
+    """The first record of each block, then the second of each, and so on.
+
+    Where there are more peers than are listed, those that are hold all blocks then, not the first ones alone.
+    """
+    return (record for record in chain.from_iterable(zip_longest(*found)) if record is not None)
+
+
+def sample(announcements: Sequence[Announcement], most: int, peer: PeerId) -> list[Announcement]:
+    """All `announcements`; or `most` of them that `peer` draws, the same again while they are there.
+
+    In their own order the first ones would hold the first blocks, and all peers would take the same.
+    """
+    if len(announcements) <= most:
+        return list(announcements)
+
+    def lot(announcement: Announcement) -> bytes:
+        return blake2b(f"{peer} {announcement.peer}".encode(), digest_size=8).digest()
+
+    return sorted(announcements, key=lot)[:most]
+
+
 def present(listings: Mapping[PeerId, Listing], now: float) -> list[Announcement]:
     """The announcements that hold at `now` of peers that have not left, by span and peer."""
     there = (
@@ -309,6 +337,5 @@ async def list_peers(store: RecordStore, model: ModelEntry) -> list[Announcement
         StoreUnreachable: the records could not be read.
     """
     found = await store.get([block_key(model.model_id, block) for block in range(model.num_blocks)])
-    records = (record for records in found.values() for record in records)
-    listings, _ = merge({}, records, model.num_blocks, store.now())
+    listings, _ = merge({}, in_turn(found.values()), model.num_blocks, store.now())
     return present(listings, store.now())

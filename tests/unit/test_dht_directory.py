@@ -9,7 +9,17 @@ import pytest
 from swarm.dht import directory as room
 from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, PeerState, block_key, encode
 from swarm.dht.announcer import Announcer
-from swarm.dht.directory import Directory, Listing, list_models, list_peers, listed_models, merge, present
+from swarm.dht.directory import (
+    Directory,
+    Listing,
+    in_turn,
+    list_models,
+    list_peers,
+    listed_models,
+    merge,
+    present,
+    sample,
+)
 from swarm.dht.memory import MemoryStore
 from swarm.dht.records import SignedRecord, sign
 from swarm.errors import SwarmError
@@ -90,6 +100,37 @@ class TestMerge:
         listings, dropped = merge(listings, news, BLOCKS, NOW)
         assert present(listings, NOW) == [says(BOB, 0, 3), says(ALICE, 3, 6)]
         assert dropped == {"too_many": 1}
+
+
+def crowd(count: int, blocks: int = BLOCKS) -> list[Announcement]:
+    """Servers of one block each, the first ones of the first blocks."""
+    return [
+        Announcement(peer=f"peer {number}", model_id="m", start=block, end=block + 1, state="serving")
+        for number in range(count)
+        for block in [number * blocks // count]
+    ]
+
+
+def test_where_not_all_are_listed_all_blocks_have_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MAX_PEERS", 2 * BLOCKS)
+    many = [Identity.from_seed(f"peer {number}") for number in range(5 * BLOCKS)]
+    by_block = [
+        [record(who, says(who, block, block + 1)) for who in many[block::BLOCKS]] for block in range(BLOCKS)
+    ]
+    listings, _ = merge({}, in_turn(by_block), BLOCKS, NOW)
+    assert room.holders(present(listings, NOW), BLOCKS, room.SERVING) == [2] * BLOCKS
+
+
+def test_peers_draw_samples_of_their_own_that_hold_all_blocks() -> None:
+    servers = crowd(600)
+    drawn = {who.peer: sample(servers, 60, who.peer) for who in (ALICE, BOB)}
+    for peer, some in drawn.items():
+        assert len({one.peer for one in some}) == 60
+        assert min(room.holders(some, BLOCKS, room.SERVING)) >= 3
+        left = [one for one in servers if one != some[0]]
+        assert sample(left, 60, peer)[:59] == some[1:], "the others stay who they are"
+    assert drawn[ALICE.peer] != drawn[BOB.peer]
+    assert sample(servers[:60], 60, ALICE.peer) == servers[:60]
 
 
 def test_models_are_listed_once_and_as_most_peers_say() -> None:
