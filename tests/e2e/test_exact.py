@@ -112,7 +112,7 @@ async def test_a_server_killed_during_an_answer_is_named_in_one_sentence(tmp_pat
         await asyncio.sleep(0)
         async with asyncio.timeout(START):
             while not await is_busy(servers[1]):
-                pass
+                assert process.returncode is None, "the answer is over, and no server was killed yet"
             servers[1].kill()
             out, err = await process.communicate()
     assert process.returncode == 1

@@ -264,7 +264,9 @@ async def test_a_thousand_announcements_of_one_peer_harm_nobody(swarm: list[Peer
     true = first.record("flood.0", b"true")
     assert await first.store.put([true]) == 1
     records = [liar.record(f"flood.{number}") for number in range(1000)]
-    stored = await asyncio.gather(*(stored_by(liar, first, record) for record in records))
+    calls = (stored_by(liar, first, record) for record in records)
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    stored = [answer for answer in answers if isinstance(answer, list)]  # it need not answer all of a flood
     assert 0 < sum(map(sum, stored)) <= kademlia.MAX_RECORDS_PER_PEER
     assert true in (await client.store.get(["flood.0"]))["flood.0"]
     assert await first.store.put([first.record("flood.1")]) == 1
