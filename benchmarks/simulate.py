@@ -59,14 +59,14 @@ def main() -> int:
     parser.add_argument("--servers", type=numbers, default=(10, 100, 1000, 10000))
     parser.add_argument("--hours", type=float, default=1.0, help="of churn, at most; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a taste of everything, within a minute")
+    parser.add_argument("--quick", action="store_true", help="a taste of all, with ten servers")
     parser.add_argument("--parts", type=parts, default=list(PARTS), help="default: all")
     parser.add_argument("--json", type=Path, help="also write the figures here; parts not run are kept")
     parser.add_argument("--plots", type=Path, help="also draw them into this folder")
     args = parser.parse_args()
     scale = Scale(args.servers, args.hours, args.seed)
     if args.quick:
-        scale = Scale((10, 100), 0.05, args.seed, small=2, whole_minutes=20.0, loads=(0.5,))
+        scale = Scale((10,), 0.05, args.seed, small=1, whole_minutes=20.0, loads=(0.5,))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # hivemind leaves tasks behind when it ends
     logging.getLogger("swarm").setLevel(logging.ERROR)
     result: dict[str, Any] = {}

@@ -53,7 +53,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
             _save(_placement(result["optimum"], result["crowd"]), folder / "simulated-placement.png")
         if "whole" in result:
             _save(_load(result["whole"]), folder / "simulated-load.png")
-        if "dht" in result and "crowd" in result:
+        if len(result.get("dht", ())) > 1 and "crowd" in result:
             _save(_size(result["dht"], result["crowd"]), folder / "simulated-size.png")
 
 
