@@ -1,6 +1,6 @@
 """How surely audits catch liars, how seldom they accuse honest peers, and what they cost.
 
-    python -m benchmarks.audit [--model NAME] [--windows 40] [--json FILE]
+    python -m benchmarks.audit [--model NAME] [--windows 40] [--parts 5] [--json FILE]
 
 Spans of the real model are computed by honest engines of every dtype, with other kernels and threads, and by
 liars of several kinds. Each window of text is one audit: what one engine gave is compared with what another
@@ -52,8 +52,8 @@ WINDOW = 96
 """Tokens of a window: three vouchers' worth."""
 
 VOUCHED = 32
-PARTS = (0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0), (0.5, 0.54), (0.0, 1.0)
-"""Which parts of the model's blocks are audited."""
+PARTS = (2 / 3, 1.0), (0.5, 0.54), (0.0, 1 / 3), (1 / 3, 2 / 3), (0.0, 1.0)
+"""Which parts of the model's blocks may be audited."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     court = Court(model, head, list(windows_of(head.tokenizer, args.windows)))
     with tempfile.TemporaryDirectory() as folder:
         others = await asyncio.to_thread(perturbed, model, Path(folder))
-        found = await judged(court, honest(model), liars(model, others))
+        found = await judged(court, honest(model), liars(model, others), args.parts)
     return {
         "model": args.model,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
@@ -266,12 +266,14 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def judged(court: Court, peers: Sequence[Subject], wrong: Sequence[Subject]) -> dict[str, Any]:
+async def judged(
+    court: Court, peers: Sequence[Subject], wrong: Sequence[Subject], parts: int
+) -> dict[str, Any]:
     """Of pairs of honest peers how many are told apart, and of liars and honest witnesses."""
     alarms: dict[str, Case] = {}
     lies: dict[str, Case] = {}
     growths: list[dict[str, Any]] = []
-    for part in PARTS:
+    for part in PARTS[:parts]:
         span = Span(*(round(edge * court.model.num_blocks) for edge in part))
         inputs = await court.inputs(span)
         results = [await court.results(peer, span, inputs) for peer in peers]
@@ -392,6 +394,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--parts", type=int, default=len(PARTS), help="so many of the model's parts")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(2)
