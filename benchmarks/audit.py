@@ -261,8 +261,6 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "windows": args.windows,
         "window_tokens": WINDOW,
         **found,
-        "lives": lives(),
-        "costs": vouching_costs(),
     }
 
 
@@ -398,7 +396,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    result = asyncio.run(measure(args))
+    result = asyncio.run(measure(args)) | {"lives": lives(), "costs": vouching_costs()}
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from swarm.net.virtual_time import in_virtual_time
 from swarm.spans import Span
 from tests.toy_swarm import toy_swarm
 
-RATES = {0.03: 20, 0.1: 50, 0.3: 50}
+RATES = {0.03: 10, 0.1: 30, 0.3: 30}
 """Audit rates, and how many lives are followed at each."""
 
 HELD = {"a": Span(0, 2), "b": Span(2, 4), "c": Span(4, 6)}
