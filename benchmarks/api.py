@@ -105,20 +105,21 @@ async def measure_clients(
     """Turns of so many clients by both doors."""
     turns: dict[str, list[Turn]] = {HTTP: [], LIBRARY: []}
     asked = questions(count * QUESTIONS.get(count, 1))
-    async with AsyncExitStack() as stack:
-        connections = [await stack.enter_async_context(http_door(url, model.name)) for _ in range(count)]
-        doors: dict[str, tuple[Sequence[Door], Used]] = {
-            HTTP: (connections, lambda: seconds_used([api.pid])),
-            LIBRARY: ([Library(library)] * count, own_seconds),
-        }
-        for clients, used in doors.values():
-            await take_turn(clients, asked, 2, used)
-        for number in range(args.rounds):
-            for door in (HTTP, LIBRARY) if number % 2 == 0 else (LIBRARY, HTTP):
-                clients, used = doors[door]
-                turns[door].append(await take_turn(clients, asked, args.tokens, used))
-                said = f"{count} clients, round {number + 1}, {door}"
-                print(f"{said}: {turns[door][-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+
+    async def take(door: str, tokens: int) -> Turn:
+        if door == LIBRARY:
+            return await take_turn([Library(library)] * count, asked, tokens, own_seconds)
+        async with AsyncExitStack() as stack:
+            doors = [await stack.enter_async_context(http_door(url, model.name)) for _ in range(count)]
+            return await take_turn(doors, asked, tokens, lambda: seconds_used([api.pid]))
+
+    for door in turns:
+        await take(door, 2)
+    for number in range(args.rounds):
+        for door in (HTTP, LIBRARY) if number % 2 == 0 else (LIBRARY, HTTP):
+            turns[door].append(await take(door, args.tokens))
+            said = f"{count} clients, round {number + 1}, {door}"
+            print(f"{said}: {turns[door][-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
     return turns
 
 
@@ -142,7 +143,6 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": model.name,
         "dtype": args.dtype,
-        "rounds": args.rounds,
         "answer_tokens": args.tokens,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "rows": rows,
@@ -168,6 +168,7 @@ def row(turns: dict[str, list[Turn]]) -> dict[str, Any]:
     answers = [[one.text for one in turn.answers] for turn in (*turns[HTTP], *turns[LIBRARY])]
     return {
         "clients": turns[HTTP][0].clients,
+        "rounds": len(pairs),
         "requests": len(answers[0]),
         "cost": 1 - median(http.tokens_per_s / library.tokens_per_s for http, library in pairs),
         "same_answers": all(texts == answers[0] for texts in answers),
@@ -192,7 +193,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['model']}, {result['dtype']}: {result['rounds']} rounds, times in ms")
+    table = Table(title=f"{result['model']}, {result['dtype']}: times in ms")
     for heading in (
         "clients",
         "",
@@ -251,13 +252,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = uvloop.run(measure(args))
-    result["misses"] = misses(result)
     show(result)
-    for miss in result["misses"]:
+    for miss in misses(result):
         print(miss)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(with_others(result, args.json), indent=1) + "\n")
+
+
+def with_others(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`result` with the rows of other numbers of clients that stand in `file` from a run of the same kind."""
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if any(known.get(name) != result[name] for name in ("model", "dtype", "answer_tokens", "machine")):
+        return result
+    measured = {row["clients"] for row in result["rows"]}
+    rows = [*result["rows"], *(row for row in known["rows"] if row["clients"] not in measured)]
+    return {**result, "rows": sorted(rows, key=lambda row: row["clients"])}
 
 
 if __name__ == "__main__":
