@@ -14,7 +14,9 @@ from typing import Any
 PEERS_VARIABLE = "SWARM_INITIAL_PEERS"
 
 ADDRESS_START = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr)/|swarm1\w{40,}\Z")
-_INVITATION_START = "swarm1"
+INVITATION_START = "swarm1"
+"""How every invitation begins, its version included."""
+
 _DURATION_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -36,7 +38,7 @@ def addresses(text: str) -> tuple[str, ...]:
 
 def is_invitation(value: object) -> bool:
     """Whether it is meant to be an invitation."""
-    return isinstance(value, str) and value.startswith(_INVITATION_START)
+    return isinstance(value, str) and value.startswith(INVITATION_START)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -14,9 +14,7 @@ import msgspec
 from swarm.errors import InputError
 from swarm.net.addresses import parse_address
 from swarm.net.swarm_key import KEY_BYTES, SwarmKey
-
-START = "swarm1"
-"""How every invitation begins, its version included."""
+from swarm.option_values import INVITATION_START, is_invitation
 
 MAX_CHARACTERS = 4096
 MAX_PEERS = 8
@@ -57,7 +55,7 @@ class Invitation:
                 ways.setdefault(address.peer, []).append(address.path)
         peers = [(peer, paths[:MAX_PATHS]) for peer, paths in ways.items()]
         packed = msgspec.msgpack.encode(_Invited(self.key.to_bytes() if self.key else b"", peers))
-        return START + base58.b58encode_check(packed).decode()
+        return INVITATION_START + base58.b58encode_check(packed).decode()
 
     @classmethod
     def parse(cls, text: str) -> "Invitation":
@@ -68,17 +66,14 @@ class Invitation:
         if not is_invitation(text) or len(text) > MAX_CHARACTERS:
             raise InputError("That is no invitation to a swarm.", _HINT)
         try:
-            invited = msgspec.msgpack.decode(base58.b58decode_check(text.removeprefix(START)), type=_Invited)
+            invited = msgspec.msgpack.decode(
+                base58.b58decode_check(text.removeprefix(INVITATION_START)), type=_Invited
+            )
             key = SwarmKey(invited.key) if invited.key else None
         except (ValueError, msgspec.DecodeError) as error:
             raise InputError("The invitation is damaged or not complete.", _HINT) from error
         addresses = [f"{path}/p2p/{peer}" for peer, paths in invited.peers for path in paths]
         return cls(tuple(str(parse_address(address)) for address in addresses), key)
-
-
-def is_invitation(text: str) -> bool:
-    """Whether `text` is meant to be one."""
-    return text.startswith(START)
 
 
 def expand(given: Iterable[str], key: SwarmKey | None) -> tuple[tuple[str, ...], SwarmKey | None]:

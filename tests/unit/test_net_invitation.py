@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from swarm.errors import InputError
 from swarm.net.identity import Identity
-from swarm.net.invitation import MAX_CHARACTERS, MAX_PATHS, MAX_PEERS, START, Invitation, expand
+from swarm.net.invitation import MAX_CHARACTERS, MAX_PATHS, MAX_PEERS, Invitation, expand
 from swarm.net.swarm_key import SwarmKey
+from swarm.option_values import INVITATION_START
 
 A, B = (Identity.from_seed(name).peer for name in "ab")
 KEY = SwarmKey(b"k" * 32)
@@ -21,7 +22,7 @@ AT_A, ALSO_AT_A, AT_B = (
 
 
 def word(packed: bytes) -> str:
-    return START + base58.b58encode_check(packed).decode()
+    return INVITATION_START + base58.b58encode_check(packed).decode()
 
 
 @pytest.mark.parametrize("key", [KEY, None])
@@ -55,7 +56,7 @@ def test_an_invitation_does_not_show_its_key_by_accident() -> None:
 @given(st.data())
 def test_a_slip_is_noticed(data: st.DataObject) -> None:
     text = Invitation((AT_A,), KEY).text()
-    place = data.draw(st.integers(len(START), len(text) - 1))
+    place = data.draw(st.integers(len(INVITATION_START), len(text) - 1))
     other = data.draw(st.sampled_from(sorted(set("abc123XYZ0") - {text[place]})))
     with pytest.raises(InputError, match="damaged"):
         Invitation.parse(text[:place] + other + text[place + 1 :])
@@ -66,10 +67,10 @@ def test_a_slip_is_noticed(data: st.DataObject) -> None:
     [
         "",
         "swarm",
-        START,
-        "swarm2" + Invitation((AT_A,), KEY).text().removeprefix(START),
+        INVITATION_START,
+        "swarm2" + Invitation((AT_A,), KEY).text().removeprefix(INVITATION_START),
         Invitation((AT_A,), KEY).text()[:-1],
-        START + "1" * MAX_CHARACTERS,
+        INVITATION_START + "1" * MAX_CHARACTERS,
         word(b""),
         word(b"\xc1"),
         word(msgspec.msgpack.encode([b"k" * 31, []])),
