@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swarm.blocks.batch import DECODE_ROWS, MAX_ROWS, PATIENCE, Fairness, form_batch
+from swarm.blocks.batch import DECODE_ROWS, MAX_ROWS, PATIENCE, TURN_ROWS, Fairness, form_batch
 from swarm.blocks.pace import ALONE_SECONDS, LEAST_ALONE, LEAST_ROWS, MOST_ROWS, STALL, Pace
 
 
@@ -12,6 +12,7 @@ class Asked:
     rows: int
     arrived: float = 0.0
     is_bulk: bool = False
+    session: str = ""
 
     @property
     def is_decode(self) -> bool:
@@ -48,13 +49,44 @@ def test_the_oldest_goes_first_among_clients_that_had_equal_shares():
     assert shares(Asked("late", 90, 2.0), Asked("early", 90, 1.0), room=90) == [("early", 90)]
 
 
-def test_a_client_with_many_steps_does_not_starve_the_others():
+def served(*prompts: Asked, room: int = 64) -> list[str]:
+    """The sessions in whose order iterations take the prompts, those that follow each other once."""
+    fairness, order, now = Fairness(), list[str](), 0.0
+    waiting = list(prompts)
+    while waiting:
+        now += 0.1
+        for share in form_batch([step for step in waiting if step.arrived <= now], fairness, room, now):
+            share.step.rows -= share.rows
+            if order[-1:] != [share.step.session]:
+                order.append(share.step.session)
+        waiting = [step for step in waiting if step.rows > 0]
+    return order
+
+
+def test_one_prompt_is_done_after_the_other():
+    prompts = [Asked(f"client {name}", 300, session=name) for name in "abc"]
+    assert served(*prompts) == ["a", "b", "c"]
+    assert served(*(Asked("one client", 300, session=name) for name in "abc")) == ["a", "b", "c"]
+
+
+def test_a_prompt_that_comes_in_steps_goes_on_where_it_was():
     fairness = Fairness()
-    greedy = [Asked("greedy", 300, arrived) for arrived in range(5)]
-    modest = Asked("modest", 300, arrived=9.0)
-    first = shares(*greedy, modest, room=100, fairness=fairness)
-    second = shares(*greedy, modest, room=100, fairness=fairness)
-    assert [client for client, _ in (*first, *second)] == ["greedy", "modest"]
+    first, second = Asked("a", 100, session="a"), Asked("b", 100, session="b")
+    assert shares(first, second, room=100, fairness=fairness, now=0.0) == [("a", 100)]
+    after = Asked("a", 100, arrived=0.3, session="a")
+    assert shares(second, after, room=100, fairness=fairness, now=0.3) == [("a", 100)]
+    much_later = Asked("a", 100, arrived=9.0, session="a")
+    assert shares(second, much_later, room=100, fairness=fairness, now=9.0) == [("b", 100)]
+
+
+def test_a_long_prompt_makes_way():
+    long, short = Asked("long", 4 * TURN_ROWS, session="long"), Asked("short", 100, 0.15, session="short")
+    assert served(long, short) == ["long", "short", "long"]
+
+
+def test_a_client_with_many_steps_does_not_starve_the_others():
+    greedy = [Asked("greedy", TURN_ROWS, session=f"greedy {number}") for number in range(3)]
+    assert served(*greedy, Asked("modest", TURN_ROWS, 0.2, session="modest"))[:2] == ["greedy 0", "modest"]
 
 
 def test_who_comes_later_starts_level_and_not_ahead():
