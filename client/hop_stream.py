@@ -92,6 +92,8 @@ class HopStream:
             RemoteFault: it takes nothing any more, or is gone.
         """
         assert self._calls is not None
+        if self._calls.offer(step, body):
+            return
         try:
             with blaming(self._hop):
                 async with asyncio.timeout(self._deadlines.for_step(step.shape[0])):

@@ -191,6 +191,9 @@ class FaultyStream:
         self._coming: deque[tuple[float, bytes, memoryview]] = deque()
         self._has_closed = asyncio.Event()
 
+    def offer(self, header: Buffer, body: Buffer = b"") -> bool:
+        return self._stream.offer(header, body)
+
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         await self._stream.send(header, body)
 

@@ -249,6 +249,9 @@ class Tapped:
         self._server = server
         self._is_feed = False
 
+    def offer(self, header: Buffer, body: Buffer = b"") -> bool:
+        return False  # what is said can be told only in `send`
+
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         await self._stream.send(messages.encode(self._server.says(messages.decode(bytes(header)))), body)
 

@@ -58,6 +58,10 @@ class MessageStream:
         """
         await self._stream.send(messages.encode(message), body)
 
+    def offer(self, message: AnyMessage, body: Buffer = b"") -> bool:
+        """Send one message at once if nothing is in its way, and tell whether that was done."""
+        return self._stream.offer(messages.encode(message), body)
+
     async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[AnyMessage, memoryview]:
         """The next message, checked field by field, with a body of exactly the length it announces.
 

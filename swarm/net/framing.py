@@ -16,7 +16,7 @@ from swarm.net.transport import (
 )
 
 LENGTHS = struct.Struct("<II")
-_SMALL_BODY = 64 * 1024
+SMALL_BODY = 64 * 1024
 """Bodies up to this many bytes are copied into one write with their header: cheaper than a second write."""
 
 
@@ -71,20 +71,29 @@ async def write_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer
         StreamClosed: the stream has ended.
         ValueError: the frame is larger than any peer would take.
     """
+    try:
+        put_frame(writer, header, body)
+        await writer.drain()
+    except OSError as error:
+        raise StreamClosed("The peer ended the stream.") from error
+
+
+def put_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer = b"") -> None:
+    """`write_frame` without waiting for anything to leave.
+
+    Raises:
+        StreamClosed, ValueError: as `write_frame`.
+    """
     check_sendable(header, body)
     if writer.is_closing():
         raise StreamClosed("The stream has ended.")
     body = memoryview(body).cast("B")
     lengths = LENGTHS.pack(len(header), len(body))
-    try:
-        if len(body) <= _SMALL_BODY:
-            writer.write(b"".join((lengths, header, body)))
-        else:
-            writer.write(lengths + header)
-            writer.write(body)
-        await writer.drain()
-    except OSError as error:
-        raise StreamClosed("The peer ended the stream.") from error
+    if len(body) <= SMALL_BODY:
+        writer.write(b"".join((lengths, header, body)))
+    else:
+        writer.write(lengths + header)
+        writer.write(body)
 
 
 async def _read(reader: asyncio.StreamReader, size: int) -> bytes:

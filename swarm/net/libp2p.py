@@ -114,6 +114,16 @@ class Libp2pStream:
             self.close()
             raise
 
+    def offer(self, header: Buffer, body: Buffer = b"") -> bool:
+        is_in_the_way = self._sending.locked() or self._writer.transport.get_write_buffer_size()
+        if self._is_closed or is_in_the_way or memoryview(body).nbytes > framing.SMALL_BODY:
+            return False
+        try:
+            framing.put_frame(self._writer, header, body)
+        except StreamClosed:
+            return False
+        return True
+
     async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
         if self._is_closed:
             raise StreamClosed("The stream has ended.")

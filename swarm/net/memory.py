@@ -170,6 +170,9 @@ class MemoryStream:
         self._sending = asyncio.Lock()
         owner.streams[self] = None
 
+    def offer(self, header: Buffer, body: Buffer = b"") -> bool:
+        return False  # each frame takes its turn on the wire
+
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         check_sendable(header, body)
         try:

@@ -1,6 +1,7 @@
 """What waits to be sent over one stream, so that whoever has something to say need not wait for the network.
 
-Frames go out in their order, by a task of the outbox's own. Knows nothing of what they mean.
+Frames go out in their order: at once where they can, else by a task of the outbox's own. Knows nothing of
+what they mean.
 """
 
 import asyncio
@@ -39,6 +40,8 @@ class Outbox:
         if not self.is_open:
             return
         header = messages.encode(message)
+        if self._sending is None and self._stream.offer(header, body):
+            return
         self._waiting.append((header, body))
         self._bytes += FRAME_BYTES + len(header) + len(body)
         if self._bytes > MAX_WAITING_BYTES:

@@ -6,7 +6,7 @@ rows are digested; what an imprint says is known elsewhere.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Annotated, Literal, TypeAlias
 
@@ -162,6 +162,14 @@ def rows_of(data: memoryview | bytes, shape: tuple[int, ...], dtype: Dtype, code
             yield bytes(view[row * scales : (row + 1) * scales]) + bytes(view[at : at + values])
         else:
             yield bytes(view[at : at + values])
+
+
+def tensor_of(rows: Sequence[bytes], width: int, dtype: Dtype, codec: Codec) -> bytes:
+    """The tensor [rows, width] on the wire of which `rows_of` gives these rows; there is at least one."""
+    scales = len(rows[0]) - tensor_bytes((1, width), dtype, "raw")
+    if not scales:
+        return b"".join(rows)
+    return b"".join((*(row[:scales] for row in rows), *(row[scales:] for row in rows)))
 
 
 def digest_of(rows: Iterable[bytes]) -> bytes:

@@ -218,10 +218,11 @@ class Hosted:
         if refused is not None:
             self._refuse(step, refused)
             return
-        self._metrics.on_step(self.client, step, done, time.perf_counter() - one.came_at)
+        seconds = time.perf_counter() - one.came_at
         self.terms.length = step.seq_pos + step.shape[0]
         is_pushed = self._push(step, done)
         self._tell(step, done, is_pushed, await self._vouch(step, one.body, done))
+        self._metrics.on_step(self.client, step, done, seconds)
 
     def _refusal_of(self, step: Step, body: int) -> Error | None:
         if self.engine is None:

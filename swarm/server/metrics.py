@@ -154,14 +154,14 @@ class _StepMetrics:
     """What single steps took, and brought and got in bytes."""
 
     def __init__(self, registry: CollectorRegistry):
-        self._whole = Histogram(
+        whole = Histogram(
             "swarm_step_seconds",
             f"Time from a step's arrival to its result; up to {DECODE_ROWS} tokens count as decode.",
             ("kind",),
             buckets=SECONDS,
             registry=registry,
         )
-        self._stages = Histogram(
+        stages = Histogram(
             "swarm_step_stage_seconds",
             "Time that a step spent in each stage: waiting in the queue, being read, computed, and written.",
             ("stage",),
@@ -176,17 +176,15 @@ class _StepMetrics:
         self._sent = Counter(
             "swarm_step_sent_bytes", "Bytes of activations that steps were answered with.", registry=registry
         )
-        for kind in KINDS:
-            self._whole.labels(kind)
-        for stage in STAGES:
-            self._stages.labels(stage)
+        self._whole = {kind: whole.labels(kind) for kind in KINDS}
+        self._stages = [stages.labels(stage) for stage in STAGES]
 
     def add(self, step: Step, done: StepOutcome, seconds: float) -> None:
         kind = "decode" if step.shape[0] <= DECODE_ROWS else "prefill"
-        self._whole.labels(kind).observe(seconds)
+        self._whole[kind].observe(seconds)
         times = (done.queue_ms, done.deserialise_ms, done.forward_ms, done.serialise_ms)
-        for stage, milliseconds in zip(STAGES, times, strict=True):
-            self._stages.labels(stage).observe(milliseconds / 1000)
+        for stage, milliseconds in zip(self._stages, times, strict=True):
+            stage.observe(milliseconds / 1000)
         self._received.inc(body_bytes(step))
         self._sent.inc(done.data.nbytes)
 
@@ -196,7 +194,7 @@ class _BatchMetrics:
 
     def __init__(self, registry: CollectorRegistry):
         self.last_steps = 0
-        self._tokens = Counter("swarm_tokens", "Tokens run through the span.", ("kind",), registry=registry)
+        tokens = Counter("swarm_tokens", "Tokens run through the span.", ("kind",), registry=registry)
         self._steps = Histogram(
             "swarm_batch_steps", "Steps that an iteration took up.", buckets=COUNTS, registry=registry
         )
@@ -209,13 +207,12 @@ class _BatchMetrics:
         self._seconds = Histogram(
             "swarm_batch_seconds", "Time that an iteration took.", buckets=SECONDS, registry=registry
         )
-        for kind in KINDS:
-            self._tokens.labels(kind)
+        self._tokens = {kind: tokens.labels(kind) for kind in KINDS}
 
     def add(self, report: BatchReport) -> None:
         self.last_steps = report.steps
-        self._tokens.labels("decode").inc(report.decode_tokens)
-        self._tokens.labels("prefill").inc(report.prefill_tokens)
+        self._tokens["decode"].inc(report.decode_tokens)
+        self._tokens["prefill"].inc(report.prefill_tokens)
         self._steps.observe(report.steps)
         self._rows.observe(report.decode_tokens + report.prefill_tokens)
         self._seconds.observe(report.seconds)

@@ -7,11 +7,8 @@ computed, nor whether anybody will ever look at a voucher.
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from swarm.kernels.codecs import from_wire
-from swarm.kernels.imprint import Floats, imprint, projected
-from swarm.net.forms import Codec, Dtype
+from swarm.kernels.imprint import imprint, projected
 from swarm.net.identity import Identity
 from swarm.net.messages import Step
 from swarm.net.vouchers import (
@@ -22,6 +19,7 @@ from swarm.net.vouchers import (
     digest_of,
     row_hash,
     rows_of,
+    tensor_of,
 )
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 from swarm.server.admission import Terms
@@ -42,16 +40,15 @@ class Form:
 
 @dataclass
 class Unnamed:
-    """Rows of `kind` from position `first` on that no voucher names yet: hashes, and what is kept of each."""
+    """Rows of `kind` from position `first` on, as they travelled, that no voucher names yet."""
 
     first: int
     kind: Kind
-    hashes: list[bytes] = field(default_factory=list)
-    kept: list[Floats] = field(default_factory=list)
+    rows: list[bytes] = field(default_factory=list)
 
     @property
     def until(self) -> int:
-        return self.first + len(self.hashes)
+        return self.first + len(self.rows)
 
 
 class Vouching:
@@ -87,11 +84,9 @@ class Vouching:
             vouchers.append(self._name(waiting, self._inputs))
             waiting = None
         waiting = waiting or Unnamed(first, kind)
-        waiting.hashes += map(row_hash, rows_of(done.data, done.shape, done.dtype, done.codec))
-        if kind == "hidden_states":
-            waiting.kept.append(_kept(done.data, done.shape, done.dtype, done.codec))
+        waiting.rows += rows_of(done.data, done.shape, done.dtype, done.codec)
         self._unnamed = waiting
-        if len(waiting.hashes) >= VOUCHED_ROWS:
+        if len(waiting.rows) >= VOUCHED_ROWS:
             vouchers.append(self._name(waiting, self._inputs))
         return tuple(vouchers)
 
@@ -137,11 +132,17 @@ class Vouching:
             first=rows.first,
             until=rows.until,
             inputs=inputs.at(rows.until),
-            outputs=digest_of(rows.hashes),
-            imprint=imprint(np.concatenate(rows.kept), rows.first) if rows.kept else b"",
+            outputs=digest_of(map(row_hash, rows.rows)),
+            imprint=self._imprint(rows) if rows.kind == "hidden_states" else b"",
             at=time.time(),
         )
         return voucher.signed(self._identity).pack()
+
+    def _imprint(self, rows: Unnamed) -> bytes:
+        width, dtype, codec = self._terms.hidden_size, self._terms.dtype, self._terms.codec
+        data = tensor_of(rows.rows, width, dtype, codec)
+        states = from_wire(data, (len(rows.rows), width), dtype, codec)
+        return imprint(projected(states.float().numpy()), rows.first)
 
 
 def _cut(rows: Unnamed | None, position: int) -> Unnamed | None:
@@ -150,15 +151,10 @@ def _cut(rows: Unnamed | None, position: int) -> Unnamed | None:
     count = position - rows.first
     if count <= 0:
         return None
-    kept = [np.concatenate(rows.kept)[:count]] if rows.kept else []
-    return Unnamed(rows.first, rows.kind, rows.hashes[:count], kept)
+    return Unnamed(rows.first, rows.kind, rows.rows[:count])
 
 
 def _key_of(keys: bytes, held: int) -> bytes:
     """The key of the last of the held pages."""
     end = held // PAGE_TOKENS * KEY_BYTES
     return keys[max(0, end - KEY_BYTES) : end]
-
-
-def _kept(data: memoryview, shape: tuple[int, ...], dtype: Dtype, codec: Codec) -> Floats:
-    return projected(from_wire(data, shape, dtype, codec).float().numpy())

@@ -20,8 +20,16 @@ class Reader:
     def __init__(self, seconds: float = 0.0):
         self.peer = PeerId("reader")
         self.seconds = seconds
+        self.takes_at_once = False
         self.taken: list[tuple[int, bytes]] = []
         self.is_closed = asyncio.Event()
+
+    def offer(self, header: Buffer, body: Buffer = b"") -> bool:
+        if not self.takes_at_once:
+            return False
+        message: Any = messages.decode(bytes(header))
+        self.taken.append((message.nonce, bytes(body)))
+        return True
 
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         try:
@@ -55,6 +63,23 @@ async def test_frames_go_out_in_order_and_who_puts_them_does_not_wait() -> None:
     put(box, 1)
     await box.flush()
     assert reader.taken == [(0, b"x"), (1, b"x"), (2, b"x"), (0, b"")]
+    await box.close()
+
+
+@in_virtual_time
+async def test_a_frame_goes_at_once_where_it_can_but_never_before_those_that_wait() -> None:
+    reader = Reader(1.0)
+    box = Outbox(reader, 60.0)
+    reader.takes_at_once = True
+    put(box, 1, b"a")
+    assert reader.taken == [(0, b"a")]
+    reader.takes_at_once = False
+    put(box, 1, b"b")
+    reader.takes_at_once = True
+    put(box, 1, b"c")
+    assert reader.taken == [(0, b"a")]
+    await box.flush()
+    assert [body for _, body in reader.taken] == [b"a", b"b", b"c"]
     await box.close()
 
 

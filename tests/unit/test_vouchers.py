@@ -15,7 +15,7 @@ from swarm.kernels.imprint import difference, differences, imprint, is_imprint, 
 from swarm.net import vouchers
 from swarm.net.identity import Identity
 from swarm.net.messages import Step
-from swarm.net.vouchers import Chain, Voucher, VoucherError, digest_of, row_hash, rows_of
+from swarm.net.vouchers import Chain, Voucher, VoucherError, digest_of, row_hash, rows_of, tensor_of
 from swarm.page_keys import page_keys
 from swarm.server.admission import Terms
 from swarm.server.vouching import Form, Vouching
@@ -138,6 +138,7 @@ def test_rows_are_the_same_however_a_sequence_is_cut(dtype: Any, codec: Any) -> 
     ]
     assert whole == parts
     assert len(set(whole)) == 7
+    assert tensor_of(whole, 40, dtype, codec) == bytes(to_wire(values, dtype, codec))
 
 
 @given(st.integers(1, 70), st.integers(1, 300), st.floats(1e-6, 0.3), st.integers(0, 2**31))
