@@ -384,6 +384,8 @@ class Routes:
         if self.failure is not None:
             raise self.failure
         self._experience.failed(fault, self._now(), was_open=was_open)
+        if isinstance(fault, RemoteFault):
+            self._directory.hurry()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -187,6 +187,10 @@ class Directory:
         )
         await self._notify()
 
+    def hurry(self) -> None:
+        """Read the DHT now rather than when it is due, since others may be there than are listed."""
+        self._hurry.set()
+
     async def wait_for(self, predicate: Callable[[], bool], timeout: float) -> bool:
         """Wait up to `timeout` seconds, reading the DHT often, until `predicate()`; whether it came true.
 
@@ -195,7 +199,7 @@ class Directory:
         if predicate():
             return True
         self._waiting += 1
-        self._hurry.set()
+        self.hurry()
         try:
             async with asyncio.timeout(timeout), self._updated:
                 return await self._updated.wait_for(predicate)

@@ -28,6 +28,7 @@ class Board:
         self.announcements = list(announcements)
         self.rtts: dict[str, float] = {}
         self.missing: set[str] = set()
+        self.hurried = 0
         self._changed = asyncio.Event()
 
     def rtt(self, peer: PeerId) -> float | None:
@@ -39,6 +40,9 @@ class Board:
     def announce(self, *announcements: Announcement) -> None:
         self.announcements = [*self.announcements, *announcements]
         self._changed.set()
+
+    def hurry(self) -> None:
+        self.hurried += 1
 
     async def wait_for(self, predicate: Callable[[], bool], timeout: float) -> bool:
         try:
@@ -230,6 +234,16 @@ async def test_whatever_a_peer_fails_at_others_are_asked_next(fault: HopError, c
     found = routes(Board(A, B, SPARE, C))
     found.judge(fault)
     assert found.find().hops[1].peer == chosen
+
+
+@in_virtual_time
+async def test_who_takes_the_place_of_a_lost_peer_is_looked_for_at_once() -> None:
+    board = Board(A, B, C)
+    found = routes(board)
+    found.judge(NoCapacity(hop(B), "has no room", 5.0))
+    assert board.hurried == 0, "it is still there"
+    found.judge(SessionLost(hop(B), "closed the connection"))
+    assert board.hurried == 1
 
 
 @in_virtual_time

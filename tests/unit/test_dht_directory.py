@@ -237,6 +237,19 @@ async def test_waiting_wakes_soon_after_the_change() -> None:
 
 
 @in_virtual_time
+async def test_in_a_hurry_the_dht_is_read_before_it_is_due() -> None:
+    swarm = Swarm()
+    async with swarm.directory as view:
+        await asyncio.sleep(1)
+        await swarm.serve(ALICE, says(ALICE, 0, 6))
+        await asyncio.sleep(0.1)
+        assert view.announcements == []
+        view.hurry()
+        await asyncio.sleep(0.1)
+        assert view.announcements == [says(ALICE, 0, 6)]
+
+
+@in_virtual_time
 async def test_waiting_ends_at_its_deadline() -> None:
     swarm = Swarm()
     async with swarm.directory as view:
