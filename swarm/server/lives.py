@@ -4,15 +4,19 @@ In each life it may be asked for its metrics, and for its memory. Must not know 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from swarm.dht.joining import Network
+from swarm.errors import SwarmError
 from swarm.server.events import Events, LastingEvents
 from swarm.server.evicting import evict_on_request, evict_when_idle
 from swarm.server.metrics_endpoint import serving
 from swarm.server.server import Server, Shard
 from swarm.server.switching import Switching
+
+logger = logging.getLogger(__name__)
 
 
 class Lives:
@@ -65,9 +69,22 @@ class Lives:
         evictions: asyncio.Event,
     ) -> int | None:
         """Serve that model until `stop` is set, or another needs it more: its index."""
-        server = Server(self._shards[index], self._network, events, name=self._name)
         ending = asyncio.Event()
         following: int | None = None
+
+        def go_elsewhere(reason: SwarmError) -> bool:
+            nonlocal following
+            following = switching.without(index) if switching is not None else None
+            if following is None:
+                return False
+            logger.warning("%s is not served here: %s", self._name_of(index), reason)
+            events.model(self._name_of(following), is_first=False)
+            ending.set()
+            return True
+
+        server = Server(
+            self._shards[index], self._network, events, name=self._name, on_unloadable=go_elsewhere
+        )
 
         async def obey() -> None:
             await stop.wait()

@@ -5,7 +5,7 @@ brings nearer to it; else the one of which the swarm carries fewest tokens a sec
 are listed, nor when a server looks or how it goes on with another one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -49,12 +49,12 @@ class Switch:
     is_urgent: bool
 
 
-def most_needed(needs: Sequence[Need]) -> int:
+def most_needed(needs: Mapping[int, Need]) -> int:
     """The index of the model that a newcomer is to serve; of equal ones the first."""
-    return min(range(len(needs)), key=lambda index: _rank(needs[index]))
+    return min(needs, key=lambda index: _rank(needs[index]))
 
 
-def switch(needs: Sequence[Need], current: int) -> Switch | None:
+def switch(needs: Mapping[int, Need], current: int) -> Switch | None:
     """What to serve instead of the model `current`, if that is worth it and leaves no block of it unserved.
 
     It is if more models are whole then, or the weaker one of both carries at least `MIN_GAIN` more.
@@ -62,8 +62,7 @@ def switch(needs: Sequence[Need], current: int) -> Switch | None:
     here = needs[current]
     if not here.may_leave:
         return None
-    others = [index for index in range(len(needs)) if index != current]
-    others.sort(key=lambda index: _rank(needs[index]))
+    others = sorted(needs.keys() - {current}, key=lambda index: (_rank(needs[index]), index))
     found = [one for index in others if (one := _compared(here, needs[index], index))]
     return min(found, key=lambda one: not one.is_urgent, default=None)
 

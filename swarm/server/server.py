@@ -7,6 +7,7 @@ started is `startup`'s business, what people see of it all is `events`'.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +87,9 @@ class Server:
         name: str = "",
         limits: Limits | None = None,
         period: float = PERIOD,
+        on_unloadable: Callable[[SwarmError], bool] = lambda reason: False,
     ):
+        """`on_unloadable` is told why the blocks cannot be loaded; where it gives True, that is no error."""
         self.cell = ShardCell(
             shard.span,
             partial(shard.load, shard.span),
@@ -109,6 +112,7 @@ class Server:
         self._network = network
         self._events = events
         self._name = name
+        self._on_unloadable = on_unloadable
         self._addresses: tuple[str, ...] = ()
         self._announced: Announcement | None = None
         self._announcer = Announcer(network.store, network.identity, shard.model, period)
@@ -251,11 +255,13 @@ class Server:
             try:
                 await self.cell.fill()
             except SwarmError as reason:
-                if self.arranging is None or not self._moving.turn_back():
-                    raise
-                self.arranging.stay()
-                logger.warning("blocks %s are served again: %s", self.cell.span, reason)
-                continue
+                if self.arranging is not None and self._moving.turn_back():
+                    self.arranging.stay()
+                    logger.warning("blocks %s are served again: %s", self.cell.span, reason)
+                    continue
+                if self._on_unloadable(reason):
+                    return
+                raise
             self._moving.arrived()
             await self._announce()
             self._tell()

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 LOOK_PERIOD = 10.0
 """Seconds between two looks at all models."""
 
+BARRED = 3600.0
+"""Seconds in which a model that could not be loaded is not tried again."""
+
 HURRY = 15.0, 45.0
 """Seconds for which a model must have lacked blocks, by turn: its own servers come first."""
 
@@ -40,6 +43,7 @@ class Switching:
             for shard in shards
         ]
         self._rests_until = 0.0
+        self._barred: dict[int, float] = {}
 
     async def first(self) -> int:
         """The index of the model to begin with.
@@ -49,7 +53,16 @@ class Switching:
         """
         for directory in self._directories:
             await directory.refresh()
-        return most_needed([self._need(index) for index in range(len(self._shards))])
+        return most_needed(self._needs())
+
+    def without(self, index: int) -> int | None:
+        """The index of the model to serve instead of that one, which cannot be loaded; None if there is none.
+
+        It is not tried again for a while.
+        """
+        self._barred[index] = self._now() + BARRED
+        needs = self._needs()
+        return most_needed(needs) if needs else None
 
     async def next(self, server: Server, current: int) -> int:
         """The index of the model that needs `server` more than the one that it serves, once one does so for
@@ -107,7 +120,7 @@ class Switching:
 
     def _compared(self, arranging: Arranging, current: int) -> Switch | None:
         others = arranging.others()
-        needs = [self._need(index) for index in range(len(self._shards))]
+        needs = self._needs()
         needs[current] = Need(
             self._directories[current].num_blocks,
             (*others.holders, *others.undecided),
@@ -115,6 +128,15 @@ class Switching:
             is_there=True,
         )
         return switch(needs, current)
+
+    def _needs(self) -> dict[int, Need]:
+        """Of each model that may be tried, how much it needs this server, as if that served none yet."""
+        now = self._now()
+        return {
+            index: self._need(index)
+            for index in range(len(self._shards))
+            if self._barred.get(index, now) <= now
+        }
 
     def _need(self, index: int) -> Need:
         others, num_blocks = self._others(index), self._directories[index].num_blocks

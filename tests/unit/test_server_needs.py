@@ -54,7 +54,7 @@ HALF, EMPTY, THIRD = wanting((0, 3)), wanting(), wanting((0, 2))
     ],
 )
 def test_a_newcomer_takes_the_model_that_lacks_it_most(needs: list[Need], expected: int) -> None:
-    assert most_needed(needs) == expected
+    assert most_needed(dict(enumerate(needs))) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_a_newcomer_takes_the_model_that_lacks_it_most(needs: list[Need], expect
 def test_another_model_is_worth_it_if_that_becomes_whole_or_the_weaker_one_stronger(
     here: Need, there: Need, expected: Switch | None
 ) -> None:
-    assert switch([here, there], 0) == expected
+    assert switch({0: here, 1: there}, 0) == expected
 
 
 def test_what_becomes_whole_comes_before_what_becomes_stronger() -> None:
     here = served((0, 6), (0, 6))
     weak = wanting((0, 6), size=6)
-    assert switch([here, weak, HALF], 0) == Switch(2, is_urgent=True)
-    assert switch([weak, HALF, here], 2) == Switch(1, is_urgent=True)
+    assert switch({0: here, 1: weak, 2: HALF}, 0) == Switch(2, is_urgent=True)
+    assert switch({0: weak, 1: HALF, 2: here}, 2) == Switch(1, is_urgent=True)
 
 
 def test_who_chooses_before_is_counted_where_it_will_be() -> None:

@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from swarm.dht.announcement import Announcement, ModelEntry
 from swarm.dht.directory import list_peers
 from swarm.dht.joining import Network
+from swarm.errors import InputError
 from swarm.net import messages
 from swarm.net.transport import Transport
 from swarm.net.virtual_time import in_virtual_time
@@ -122,6 +123,43 @@ async def test_it_goes_on_with_another_model_that_lacks_it_and_is_seen_to_leave_
     assert (names.count("listening"), names.count("left"), names[-1]) == (1, 1, "left")
     going = names.index("model", 2)
     assert [name for name in names[going:] if name != "joining"][:3] == ["model", "draining", "serving"]
+
+
+async def fail_to_load(span: Span, on_progress: OnProgress, *, kv_tokens: int | None = None) -> FakeEngine:
+    await asyncio.sleep(5)
+    raise InputError("The weights are damaged.")
+
+
+@in_virtual_time
+async def test_where_a_model_cannot_be_loaded_another_one_is_served() -> None:
+    world, events, stop = World(), Recorded(), asyncio.Event()
+    network = network_of(world, "alice")
+    shards = [replace(shard(MODEL), load=fail_to_load), shard(OTHER)]
+    async with network.transport:
+        lives = Lives(shards, network, lambda index: events, name="alice")
+        running = asyncio.create_task(lives.run(stop, asyncio.Event()))
+        await asyncio.sleep(2 * LOADING)
+        assert (await serving(world, MODEL), await serving(world, OTHER)) == (set(), {"alice"})
+        async with fixed(world, OTHER, "bob"):
+            await asyncio.sleep(3 * SWITCHED)
+            assert "alice" in await serving(world, OTHER), "it does not try again soon what has failed"
+            stop.set()
+            await running
+    models = [event[1] for event in events.seen if event[0] == "model"]
+    assert models == [MODEL.name, OTHER.name]
+    assert [name for name, *_ in events.seen].count("left") == 1
+
+
+@in_virtual_time
+async def test_where_no_model_can_be_loaded_the_last_reason_is_told() -> None:
+    world, events = World(), Recorded()
+    network = network_of(world, "alice")
+    shards = [replace(shard(model), load=fail_to_load) for model in (MODEL, OTHER)]
+    async with network.transport:
+        lives = Lives(shards, network, lambda index: events, name="alice")
+        with pytest.raises(ExceptionGroup) as caught:
+            await lives.run(asyncio.Event(), asyncio.Event())
+    assert caught.group_contains(InputError, match="The weights are damaged.", depth=2)
 
 
 @pytest.mark.parametrize("attempt", range(5))
