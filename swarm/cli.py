@@ -71,6 +71,12 @@ def emit(event: dict[str, Any] | list[Any]) -> None:
     print(json.dumps(event, allow_nan=False), flush=True)
 
 
+def use_threads_sparingly() -> None:
+    """Let libraries start no threads beside torch's. To be called before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's are waited for on the event loop, spinning
+
+
 def configure_logging(verbose: bool) -> None:
     """Log to standard error, libraries quietly unless `verbose`. To be called before they are imported."""
     logging.basicConfig(
@@ -81,7 +87,6 @@ def configure_logging(verbose: bool) -> None:
     )
     logging.getLogger("swarm").setLevel(logging.DEBUG if verbose else logging.WARNING)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if verbose:
         return
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL")  # the daemon's lines pass through this logger
@@ -101,6 +106,7 @@ def run(main: CommandMain, args: argparse.Namespace) -> int:
         The coroutine's own exit code, the `exit_code` of a SwarmError, 130 after SIGINT, 143 after
         SIGTERM, 1 for a bug or a reader of standard output that went away.
     """
+    use_threads_sparingly()
     configure_logging(args.verbose)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

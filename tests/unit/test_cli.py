@@ -56,6 +56,18 @@ def test_commands_run_on_uvloop() -> None:
     assert cli.run(main, argparse.Namespace(json=False, verbose=False)) == 0
 
 
+def test_libraries_are_told_of_threads_before_they_are_imported() -> None:
+    asked = (
+        "import os, sys, swarm.client.__main__, swarm.server.__main__, swarm.demo;"
+        "print({'numpy', 'torch', 'tokenizers'} & set(sys.modules));"
+        "from swarm.cli import use_threads_sparingly; use_threads_sparingly();"
+        "print(os.environ['OPENBLAS_NUM_THREADS'], os.environ['TOKENIZERS_PARALLELISM'])"
+    )
+    outside = {name: value for name, value in os.environ.items() if "_NUM_THREADS" not in name}
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=outside)
+    assert said.stdout.splitlines() == ["set()", "1 false"], said.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
