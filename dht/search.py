@@ -22,6 +22,9 @@ BEAM = 10
 MAX_ASKED = 30
 """Nodes that are asked for one key at most: a swarm in a single network has no others to go on to."""
 
+MAX_CROWD = 60
+"""Nodes that are asked besides where so many belong to crowds: these are to keep nobody from being asked."""
+
 NAMED_AT_ONCE = 4
 """Nodes named by the same one that are asked, or about to be, at a time."""
 
@@ -105,7 +108,7 @@ class Found(Generic[P]):
     def ask_next(self) -> list[Node[P]]:
         """Whom to ask now, each once."""
         chosen = []
-        for node in self._wanted()[: MAX_ASKED - len(self._asked)]:
+        for node in self._wanted()[: max(0, MAX_ASKED + self._in_crowds() - len(self._asked))]:
             self._asked.add(node.node_id)
             chosen.append(node)
         return chosen
@@ -141,6 +144,13 @@ class Found(Generic[P]):
 
     def _by_distance(self) -> list[int]:
         return sorted(self._candidates.keys() - self._failed, key=lambda node_id: node_id ^ self.key)
+
+    def _in_crowds(self) -> int:
+        """How many have answered that do not count, `MAX_CROWD` at most."""
+        answered = Counter(self._networks.values())
+        if len(answered) < 2:
+            return 0
+        return min(MAX_CROWD, sum(max(0, count - PER_NETWORK) for count in answered.values()))
 
     def _is_in_a_crowd(self, node_id: int) -> bool:
         """Whether enough nodes of its network have answered that are nearer."""
