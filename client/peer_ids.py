@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from swarm.errors import InputError
+from swarm.errors import InputError, reason_of
 
 PEER_ID = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
 """How the id of every Ed25519 key is spelled."""
@@ -29,7 +29,9 @@ def given_peers(text: str) -> tuple[str, ...]:
         with path.open() as file:
             lines = file.read(MAX_FILE_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The peers in {path} cannot be read: {error}.", "Write a text file.") from error
+        raise InputError(
+            f"The peers in {path} cannot be read: {reason_of(error)}.", "Write a text file."
+        ) from error
     found = tuple(peer for line in lines if (peer := line.partition("#")[0].strip()))
     check_peers(found)
     if not found:

@@ -23,3 +23,10 @@ class InputError(SwarmError):
     """What the user gave cannot be used: a flag, a path, a file, an address."""
 
     exit_code = 2
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used, as the end of a sentence that already names the file."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
+    return (isinstance(error, OSError) and error.strerror) or str(error)

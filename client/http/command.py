@@ -16,7 +16,7 @@ from swarm.client.facade import Swarm
 from swarm.client.http.access import is_loopback
 from swarm.client.http.site import ApiSite, SiteOptions
 from swarm.client.terminal import joined_swarm
-from swarm.errors import InputError
+from swarm.errors import InputError, reason_of
 from swarm.listening import bind, serving
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def _keys_of(path: Path) -> list[str]:
         keys = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"The keys in {path} cannot be read: {error}.", "Write a text file with a key a line."
+            f"The keys in {path} cannot be read: {reason_of(error)}.",
+            "Write a text file with a key a line.",
         ) from error
     if not keys:
         raise InputError(f"There are no keys in {path}.", "Write one a line, or leave --api-key-file out.")

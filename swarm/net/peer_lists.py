@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.errors import InputError
+from swarm.errors import InputError, reason_of
 from swarm.net.identity import is_peer_id
 from swarm.net.transport import PeerId
 
@@ -77,7 +77,7 @@ class _Listed:
         try:
             lines = parse(_read(path))
         except (OSError, ValueError) as error:
-            raise InputError(f"The list of peers {path} cannot be read: {_reason(error)}.", _HOW) from error
+            raise InputError(f"The list of peers {path} cannot be read: {reason_of(error)}.", _HOW) from error
         if lines.faults:
             raise InputError(f"In the list of peers {path}, {lines.faults[0]}.", _HOW)
         self.peers = lines.peers
@@ -94,7 +94,7 @@ class _Listed:
             logger.warning(
                 "the list of peers %s stays as it was, since it cannot be read: %s",
                 self._path,
-                _reason(error),
+                reason_of(error),
             )
             return False
         for fault in lines.faults:
@@ -119,9 +119,3 @@ def _read(path: Path) -> str:
     if len(data) > MAX_FILE_BYTES:
         raise ValueError("it is larger than 1 MiB")
     return data.decode()
-
-
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "it is no UTF-8 text"
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -30,14 +30,23 @@ def test_keys_come_from_both_places(tmp_path: Path) -> None:
     assert options("--api-key", "one", "--api-key-file", str(file)).keys == ("one", "two", "three")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe"])
-def test_a_file_without_keys_is_refused(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file or directory."),
+        (b"", "There are no keys in"),
+        (b"\n \n", "There are no keys in"),
+        (b"\xff\xfe", "cannot be read: it is no UTF-8 text."),
+    ],
+)
+def test_a_file_without_keys_is_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
     """Else a server that should ask for a key would ask for none."""
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(InputError, match="keys in"):
+    with pytest.raises(InputError, match=f"keys.* in {file}") as refused:
         options("--api-key-file", str(file))
+    assert says in refused.value.message
 
 
 def test_an_empty_key_is_refused() -> None:
