@@ -150,16 +150,6 @@ class Directory:
         """Whether `peer` could not be reached when it was last measured."""
         return self._round_trips.failures(peer) > 0
 
-    def rtt_between(self, first: PeerId, second: PeerId) -> float | None:
-        """Seconds between two peers and back: measured if one is this peer, else as one of them announces."""
-        if self._peer in (first, second):
-            return self.rtt(second if first == self._peer else first)
-        for here, there in ((first, second), (second, first)):
-            listing = self._listings.get(here)
-            if listing is not None and there in listing.announcement.rtts:
-                return listing.announcement.rtts[there]
-        return None
-
     async def refresh(self) -> None:
         """Read the DHT once.
 
