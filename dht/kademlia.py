@@ -1,24 +1,20 @@
-"""The record store over hivemind's Kademlia DHT: the only file that knows `hivemind.dht`.
+"""The record store over hivemind's Kademlia DHT.
 
 It runs a DHT node in this process's event loop, on the transport's own daemon. Each node, ours among them,
 keeps a record only if it is signed by the peer under whose id it is to be kept, and readers check it again.
 In a private swarm only who has the key can call a node, or be one. It must not know what records say.
 
-Of hivemind's DHT it takes the calls and what answers them. Whom a node knows is in `neighbours`, how records
-are looked for and brought to nodes in `search` and `keeping`: hivemind's own believe what any node says.
-
-hivemind calls a record's key a key, its peer a subkey, and keeps under each key a dictionary of subkeys.
+Of hivemind's DHT it takes the calls and what answers them. What a node keeps is in `node_storage`. Whom it
+knows is in `neighbours`, how records are looked for and brought to nodes in `search` and `keeping`:
+hivemind's own believe what any node says.
 """
 
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
-
-import msgspec
 
 import swarm.net.slim  # noqa: F401, before hivemind
 
@@ -27,16 +23,21 @@ import swarm.net.slim  # noqa: F401, before hivemind
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration
+from hivemind.utils.timed_storage import TimedStorage
 
-from swarm.allowance import Allowance
 from swarm.dht.guarded_calls import GuardedCalls
 from swarm.dht.keeping import keep_all
 from swarm.dht.neighbours import BUCKET_SIZE, Neighbours, Node
 from swarm.dht.node_ids import keep_to_ids, node_id_of
-from swarm.dht.records import RecordError, SignatureMemory, SignedRecord, check_lifetime, check_time
+from swarm.dht.node_storage import (
+    MAX_STORED_RECORDS,
+    BoundedStorage,
+    OwnRecordsOnly,
+    unwrapped,
+    values_in,
+    wrapped,
+)
+from swarm.dht.records import RecordError, SignedRecord, check_time
 from swarm.dht.search import Answer, Answers, Found, search
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError, SwarmError
@@ -58,15 +59,6 @@ CLOSE_TIMEOUT = 1.0
 REJOIN_PERIOD = 30.0
 """Seconds between attempts to reach the initial peers that have been lost."""
 
-MAX_STORED_RECORDS = 16_384
-"""What this peer keeps for others: typically 1 KB each, at most `MAX_RECORD_BYTES`."""
-
-MAX_RECORDS_PER_PEER = 512
-"""Of which so many of one peer: twice what one has that serves all blocks of the deepest models."""
-
-NEW_PER_SECOND, NEW_AT_ONCE = 2.0, 2_048
-"""New records that one caller may bring, whoever signed them: within `MAX_LIFETIME` half of what is kept."""
-
 _PING = "DHTProtocol.rpc_ping"
 
 
@@ -77,7 +69,7 @@ class KademliaStore:
         self,
         node: DHTNode,
         calls: GuardedCalls,
-        validator: "_OwnRecordsOnly",
+        validator: OwnRecordsOnly,
         transport: Libp2pTransport,
         initial: Iterable[PeerId],
         client_mode: bool,
@@ -117,7 +109,7 @@ class KademliaStore:
             peer for peer in (parse_address(text).peer for text in initial_peers) if peer != transport.peer
         ]
         calls = GuardedCalls(transport.p2p, transport.door.key, correct=_correct)
-        validator = _OwnRecordsOnly(calls)
+        validator = OwnRecordsOnly(calls)
         async with _within(JOIN_TIMEOUT, "served"):
             node = await DHTNode.create(
                 p2p=calls,
@@ -127,8 +119,8 @@ class KademliaStore:
                 client_mode=client_mode,
                 record_validator=validator,
             )
-        node.protocol.storage = _BoundedStorage(MAX_STORED_RECORDS, calls)
-        node.protocol.cache = _BoundedStorage(0)  # anybody's cached entry would hide what is stored
+        node.protocol.storage = BoundedStorage(MAX_STORED_RECORDS, calls)
+        node.protocol.cache = BoundedStorage(0)  # anybody's cached entry would hide what is stored
         store = cls(node, calls, validator, transport, initial, client_mode)
         try:
             await store._join()
@@ -167,7 +159,7 @@ class KademliaStore:
             raise StoreUnreachable("None of the peers that hold records answered.", "Check the connection.")
         kept = self._node.protocol.storage
         return {
-            key: self._newest((*_values(kept.get(DHTID(key_id))), *found[key_id].values))
+            key: self._newest((*values_in(kept.get(DHTID(key_id))), *found[key_id].values))
             for key_id, key in ids.items()
         }
 
@@ -198,7 +190,7 @@ class KademliaStore:
             self._silent.store(peer, None, time.time() + SILENT_FOR)
             return None
         answers = {
-            int(key_id): Answer(_values(entry), self._worth_asking(named))
+            int(key_id): Answer(values_in(entry), self._worth_asking(named))
             for key_id, (entry, named) in said.items()
         }
         await self._hear(peer)  # whom that would have asked, the next contact asks
@@ -215,7 +207,7 @@ class KademliaStore:
     async def _keep(self, peer: Any, records: Sequence[SignedRecord]) -> Sequence[bool] | None:
         protocol = self._node.protocol
         places = [DHTID(_key_id(record.key)) for record in records]
-        values = [_encoder.encode(record.pack()) for record in records]
+        values = [wrapped(record) for record in records]
         if peer == self._own.peer:
             return [
                 protocol.storage.store_subkey(place, record.peer, value, record.expires_at)
@@ -260,7 +252,7 @@ class KademliaStore:
         newest: dict[str, SignedRecord] = {}
         for value in values:
             try:
-                record = self._validator.signatures.unpack(_unwrap(value))
+                record = self._validator.signatures.unpack(unwrapped(value))
                 check_time(record, self.now())
             except RecordError as error:
                 if error.fault != "expired":
@@ -361,119 +353,6 @@ class _Table:
     ) -> list[tuple[DHTID, Any]]:
         nodes = self._known.nearest(int(query_id), k, exclude=exclude)
         return [(DHTID(node.node_id), node.peer) for node in nodes]
-
-
-class _OwnRecordsOnly(RecordValidatorBase):
-    """Lets a node keep and return nothing but records signed by the peer under whose id they are kept.
-
-    Whether a record has expired is left to storage and readers: a whole dictionary is refused for one
-    bad entry, and an entry may expire on its way.
-    """
-
-    def __init__(self, calls: GuardedCalls) -> None:
-        self._calls = calls
-        self.dropped: Counter[str] = Counter()
-        self.signatures = SignatureMemory()
-
-    def validate(self, record: DHTRecord) -> bool:
-        try:
-            signed = self.signatures.unpack(_unwrap(record.value))
-            check_lifetime(signed, time.time())
-            if _place(signed) != (record.key, record.subkey, record.expiration_time):
-                raise RecordError("misplaced", "A record lies under another key, peer or time than its own.")
-        except RecordError as error:
-            self.dropped[error.fault] += 1
-            self._calls.blame_caller()
-            return False
-        return True
-
-
-class _BoundedStorage(DHTLocalStorage):
-    """What a node keeps: at most `capacity` records, none replaced or outlived by an older one of its peer.
-
-    No peer has more than `MAX_RECORDS_PER_PEER` of them, and no caller brings many new ones at once.
-    hivemind's own storage has no bound, forgets a record when an older one that was replayed expires, and
-    hands out dictionaries that searches then write into.
-    """
-
-    def __init__(self, capacity: int, calls: GuardedCalls | None = None):
-        super().__init__()
-        self._capacity = capacity
-        self._calls = calls
-        self._newcomers = Allowance(NEW_PER_SECOND, NEW_AT_ONCE)
-        self._ledger: TimedStorage[tuple[DHTID, str], None] = TimedStorage()
-        self._by_peer: TimedStorage[str, TimedStorage[DHTID, None]] = TimedStorage()
-
-    def store(self, key: DHTID, value: bytes, expiration_time: float, subkey: str | None = None) -> bool:
-        return subkey is not None and self.store_subkey(key, subkey, value, expiration_time)
-
-    def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
-        held = super().get(key)
-        entries = held.value if held else DictionaryDHTValue()
-        known = entries.get(subkey)
-        if known and known.expiration_time >= expiration_time:
-            return False
-        if not known and not self._has_room_for(subkey):
-            return False
-        if not entries.store(subkey, value, expiration_time):
-            return False
-        self._note(key, subkey, expiration_time)
-        if not held or held.expiration_time < expiration_time:
-            super().store(key, entries, expiration_time)
-        return True
-
-    def _has_room_for(self, peer: str) -> bool:
-        """Whether one more record may be kept: in all, of `peer`, and from who brings it."""
-        held = self._by_peer.get(peer)
-        if len(self._ledger) >= self._capacity or (held and len(held.value) >= MAX_RECORDS_PER_PEER):
-            return False
-        caller = self._calls and self._calls.caller()
-        return not (caller and self._newcomers.take(caller, time.monotonic()))
-
-    def _note(self, key: DHTID, peer: str, expiration_time: float) -> None:
-        self._ledger.store((key, peer), None, expiration_time)
-        held = self._by_peer.get(peer)
-        records = held.value if held else TimedStorage()
-        records.store(key, None, expiration_time)
-        if not held or held.expiration_time < expiration_time:
-            self._by_peer.store(peer, records, expiration_time)
-
-    def get(self, key: DHTID) -> ValueWithExpiration | None:
-        held = super().get(key)
-        if held is None:
-            return None
-        copy = DictionaryDHTValue()
-        for subkey, entry in held.value.items():
-            copy.store(subkey, entry.value, entry.expiration_time)
-        return ValueWithExpiration(copy, held.expiration_time)
-
-
-_wrapped_bytes = msgspec.msgpack.Decoder(bytes)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def _unwrap(value: object) -> bytes:
-    """The packed record in a value of hivemind's, which is msgpack's form of those bytes.
-
-    Raises:
-        RecordError: `malformed`.
-    """
-    try:
-        return _wrapped_bytes.decode(value if isinstance(value, bytes) else b"")
-    except msgspec.DecodeError as error:
-        raise RecordError("malformed", f"A value in the DHT is no record: {error}.") from error
-
-
-def _place(record: SignedRecord) -> tuple[bytes, bytes, float]:
-    """Where hivemind keeps this record: its key, subkey and expiration."""
-    return DHTID.generate(source=record.key).to_bytes(), _encoder.encode(record.peer), record.expires_at
-
-
-def _values(entry: ValueWithExpiration | None) -> list[bytes]:
-    if entry is None or not isinstance(entry.value, DictionaryDHTValue):
-        return []
-    with entry.value.freeze():  # or it would weigh a size limit that the remote peer wrote into it
-        return [item.value for _, item in entry.value.items()]
 
 
 def _key_id(key: str) -> int:

@@ -18,7 +18,8 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from swarm.dht import kademlia
 from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, announcement_from, block_key
 from swarm.dht.announcer import Announcer
-from swarm.dht.kademlia import KademliaStore, _BoundedStorage
+from swarm.dht.kademlia import KademliaStore
+from swarm.dht.node_storage import MAX_RECORDS_PER_PEER
 from swarm.dht.records import MAX_LIFETIME, MAX_RECORD_BYTES, SignedRecord, sign
 from swarm.dht.store import StoreUnreachable
 from swarm.errors import InputError
@@ -217,48 +218,6 @@ async def test_nobody_can_hide_others_behind_a_cached_record(swarm: list[Peer]) 
     assert first.identity.peer in {record.peer for record in (await client.store.get(["hidden"]))["hidden"]}
 
 
-async def test_a_node_keeps_only_so_much() -> None:
-    storage = _BoundedStorage(2)
-    key, later = DHTID.generate(source="k"), kademlia.time.time() + 60
-    assert storage.store_subkey(key, "a", b"1", later)
-    assert storage.store_subkey(key, "b", b"1", later)
-    assert not storage.store_subkey(key, "c", b"1", later + 9), "full"
-    assert not storage.store_subkey(DHTID.generate(source="other"), "a", b"1", later)
-    assert storage.store_subkey(key, "a", b"2", later + 1), "what it keeps may still be renewed"
-    assert not storage.store(key, b"regular", later)
-    assert not _BoundedStorage(0).store_subkey(key, "a", b"1", later)
-
-
-async def test_a_node_keeps_only_so_much_of_one_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage, later = _BoundedStorage(10_000), kademlia.time.time() + 60
-    stored = [
-        storage.store_subkey(DHTID.generate(source=f"k{number}"), "a", b"1", later + number)
-        for number in range(1000)
-    ]
-    assert sum(stored) == kademlia.MAX_RECORDS_PER_PEER
-    first = DHTID.generate(source="k0")
-    assert storage.store_subkey(first, "b", b"1", later), "others have their own share"
-    assert storage.store_subkey(first, "a", b"2", later + 1), "what it keeps may still be renewed"
-    monkeypatch.setattr("hivemind.utils.timed_storage.get_dht_time", lambda: later + 10)
-    assert storage.store_subkey(DHTID.generate(source="new"), "a", b"1", later + 99), (
-        "what expired makes room"
-    )
-
-
-async def test_a_node_takes_only_so_much_from_one_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kademlia, "NEW_AT_ONCE", 3)
-    monkeypatch.setattr(kademlia, "NEW_PER_SECOND", 0.001)
-    caller: list[str | None] = ["liar"]
-    storage = _BoundedStorage(100, SimpleNamespace(caller=lambda: caller[0]))
-    key, later = DHTID.generate(source="k"), kademlia.time.time() + 60
-    stored = [storage.store_subkey(key, f"peer {number}", b"1", later) for number in range(5)]
-    assert stored == [True, True, True, False, False]
-    assert storage.store_subkey(key, "peer 0", b"2", later + 1), "what it keeps may still be renewed"
-    for other in ("honest", None):
-        caller[0] = other
-        assert storage.store_subkey(key, f"peer of {other}", b"1", later)
-
-
 async def test_a_thousand_announcements_of_one_peer_harm_nobody(swarm: list[Peer]) -> None:
     first, _, liar, client = swarm
     true = first.record("flood.0", b"true")
@@ -267,7 +226,7 @@ async def test_a_thousand_announcements_of_one_peer_harm_nobody(swarm: list[Peer
     calls = (stored_by(liar, first, record) for record in records)
     answers = await asyncio.gather(*calls, return_exceptions=True)
     stored = [answer for answer in answers if isinstance(answer, list)]  # it need not answer all of a flood
-    assert 0 < sum(map(sum, stored)) <= kademlia.MAX_RECORDS_PER_PEER
+    assert 0 < sum(map(sum, stored)) <= MAX_RECORDS_PER_PEER
     assert true in (await client.store.get(["flood.0"]))["flood.0"]
     assert await first.store.put([first.record("flood.1")]) == 1
 
@@ -337,29 +296,6 @@ async def test_records_of_whom_the_lists_do_not_admit_are_not_read(swarm: list[P
         reader = await join(stack, await first.transport.addresses(), is_client=True, door=door)
         found = (await reader.store.get(["listed"]))["listed"]
         assert [record.peer for record in found] == [first.identity.peer]
-
-
-async def test_replaying_an_old_record_does_not_shorten_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = _BoundedStorage(9)
-    key, now = DHTID.generate(source="k"), kademlia.time.time()
-    assert storage.store_subkey(key, "a", b"new", now + 60)
-    assert not storage.store_subkey(key, "a", b"old", now + 30)
-    monkeypatch.setattr("hivemind.utils.timed_storage.get_dht_time", lambda: now + 40)
-    held = storage.get(key)
-    assert held is not None
-    assert held.value.get("a").value == b"new"
-
-
-async def test_what_is_handed_out_is_a_copy() -> None:
-    storage = _BoundedStorage(9)
-    key, later = DHTID.generate(source="k"), kademlia.time.time() + 60
-    storage.store_subkey(key, "a", b"1", later)
-    held = storage.get(key)
-    assert held is not None
-    held.value.store("b", b"2", later)
-    again = storage.get(key)
-    assert again is not None
-    assert [subkey for subkey, _ in again.value.items()] == ["a"]
 
 
 async def test_addresses_are_checked(swarm: list[Peer]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swarm.dht import kademlia, keeping, records
+from swarm.dht import keeping, node_storage, records
 from swarm.net import inbound, transport
 from swarm.net.addresses import MAX_ADDRESSES
 from swarm.net.messages import MAX_PROBE_BYTES
@@ -26,7 +26,7 @@ LIMITS = admission.Limits()
         f" and for all together in {PAUSE_OF_ALL / 60:g}",
         f"without a step | {LIMITS.idle / 60:g} minutes",
         f"does not read its answers | {LIMITS.send / 60:g} minute",
-        f"kept for others | {kademlia.MAX_STORED_RECORDS:,}, of {records.MAX_RECORD_BYTES // 1024} KiB",
+        f"kept for others | {node_storage.MAX_STORED_RECORDS:,}, of {records.MAX_RECORD_BYTES // 1024} KiB",
         f"none outlives {records.MAX_LIFETIME / 60:g} minutes",
         f"{keeping.REPLICAS} of them keep each one",
         f"{sessions.WAYS_AT_ONCE} times at once and then twice a second",
