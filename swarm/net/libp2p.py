@@ -1,14 +1,13 @@
 """The network of the world: `Transport` over the libp2p daemon, encrypted, authenticated, routed.
 
-The only file that imports `hivemind.p2p`, which takes half a second: import it late. It adapts hivemind's
-client of the daemon and patches nothing. What peers say to each other is not known here.
+It imports `hivemind.p2p`, as `control` does, which takes half a second: import it late. Both adapt hivemind's
+client of the daemon and patch nothing. What peers say to each other is not known here.
 """
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,44 +19,19 @@ import swarm.net.slim  # noqa: F401, before hivemind
 
 from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import (
-    raise_if_failed,
-    read_pbmsg_safe,
-    read_unsigned_varint,
-    write_pbmsg,
-)
-from hivemind.proto.p2pd_pb2 import ConnectRequest, DHTRequest, PeerInfo, Request, Response, StreamOpenRequest
+from hivemind.proto.p2pd_pb2 import PeerInfo
 from hivemind.utils.logging import use_hivemind_log_handler
 
-from swarm.net import framing
 from swarm.net.addresses import Address, network_of, parse_address, parse_listen_address, usable_addresses
+from swarm.net.control import Control, unreachable
 from swarm.net.daemon import Daemon, check_can_listen
 from swarm.net.door import Door
 from swarm.net.identity import Identity, is_peer_id
 from swarm.net.inbound import Inbound
-from swarm.net.multiaddrs import encoded, end_of, multiaddr, peer_bytes, texts_of
-from swarm.net.relaying import (
-    ENOUGH_BYTES,
-    HOP_PROTOCOL,
-    MAX_ANSWER_BYTES,
-    RESERVE,
-    Relaying,
-    bytes_relayed,
-    is_relayed,
-)
-from swarm.net.transport import (
-    CONNECT_TIMEOUT,
-    MAX_BODY_BYTES,
-    Buffer,
-    FrameError,
-    OnStream,
-    OtherPeer,
-    OtherProtocol,
-    PeerId,
-    PeerUnreachable,
-    StreamClosed,
-    TransportError,
-)
+from swarm.net.libp2p_stream import Libp2pStream
+from swarm.net.multiaddrs import end_of, multiaddr, peer_bytes
+from swarm.net.relaying import ENOUGH_BYTES, Relaying, is_relayed
+from swarm.net.transport import CONNECT_TIMEOUT, OnStream, PeerId, PeerUnreachable, TransportError
 from swarm.net.wary import permitted
 
 logger = logging.getLogger(__name__)
@@ -67,88 +41,11 @@ use_hivemind_log_handler("nowhere")
 logging.getLogger("hivemind").setLevel(logging.WARNING)
 logging.addLevelName(logging.WARNING, "WARNING")
 
-DIAL_TIMEOUT = CONNECT_TIMEOUT / 2
-"""Seconds for the addresses a caller knows; the rest of `CONNECT_TIMEOUT` is left for routing."""
 SETTLE_TIME = 1.0
 """Seconds in which other initial peers may still answer after the first one did."""
-ROUTING_ATTEMPTS = 20
-ROUTING_PERIOD = 0.1
-"""How often, and after how many seconds again, to look for a peer while the daemon learns whom to ask."""
-FIND_TIMEOUT = 5
-"""Seconds that the daemon may look for a peer's addresses, where it does not know them by itself."""
 RELAY_ATTEMPTS = 8
 """How often a daemon is started anew that was to relay and does not; every second one does."""
-LINGER = 5.0
-"""Seconds for what was sent before a close to leave."""
-
 NO_RELAYS = Relaying()
-
-_NO_ROUTING_YET = "failed to find any peer in table"
-_OTHER_PEER = "peer id mismatch"
-_FOUND = re.compile(r"remote key matches (\w{1,128})")
-
-
-class Libp2pStream:
-    """A stream through the daemon. Implements `Stream`."""
-
-    def __init__(
-        self,
-        peer: PeerId,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        open_streams: set["Libp2pStream"],
-    ):
-        self.peer = peer
-        self._reader = reader
-        self._writer = writer
-        self._sending = asyncio.Lock()
-        self._is_closed = False
-        self._open_streams = open_streams
-        open_streams.add(self)
-
-    async def send(self, header: Buffer, body: Buffer = b"") -> None:
-        try:
-            async with self._sending:
-                await framing.write_frame(self._writer, header, body)
-        except StreamClosed:
-            self.close()
-            raise
-
-    def offer(self, header: Buffer, body: Buffer = b"") -> bool:
-        is_in_the_way = self._sending.locked() or self._writer.transport.get_write_buffer_size()
-        if self._is_closed or is_in_the_way or memoryview(body).nbytes > framing.SMALL_BODY:
-            return False
-        try:
-            framing.put_frame(self._writer, header, body)
-        except StreamClosed:
-            return False
-        return True
-
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
-        if self._is_closed:
-            raise StreamClosed("The stream has ended.")
-        try:
-            lengths = await framing.read_lengths(self._reader, max_body)
-        except (StreamClosed, FrameError):
-            self.close()
-            raise
-        try:
-            return await framing.read_frame(self._reader, lengths)
-        except BaseException:  # a frame half read, whatever the reason, leaves nothing to go on with
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._open_streams.discard(self)
-        transport = self._writer.transport
-        if transport.get_write_buffer_size():
-            transport.close()
-            asyncio.get_running_loop().call_later(LINGER, _abort_if_lingering, transport)
-        else:
-            transport.abort()
 
 
 class Libp2pTransport:
@@ -160,6 +57,7 @@ class Libp2pTransport:
         self.peer = identity.peer
         self.p2p = p2p
         self._daemon = daemon
+        self._control = Control(p2p)
         self._streams: set[Libp2pStream] = set()
         self._inbound: Inbound | None = None
         self._own: list[str] = []
@@ -249,8 +147,8 @@ class Libp2pTransport:
     async def addresses(self) -> list[str]:
         self._check_usable()
         async with self._daemon_calls():
-            _, known = await self.p2p._client.identify()
-        self._own = [f"{text}/p2p/{self.peer}" for text in texts_of(known)]
+            known = await self._control.listening_at()
+        self._own = [f"{text}/p2p/{self.peer}" for text in known]
         if not is_relayed(self._own):  # the daemon names no relay at a private address
             self._own += [f"{relay}/p2p-circuit/p2p/{self.peer}" for relay in self._through]
         return list(self._own)
@@ -274,34 +172,18 @@ class Libp2pTransport:
             TransportError: this peer's own network has failed.
         """
         self._check_usable()
-        asked = DHTRequest(type=DHTRequest.FIND_PEER, peer=peer_bytes(peer), timeout=FIND_TIMEOUT)
-        try:
-            async with self._daemon_calls():
-                response, _, writer = await self._ask(Request(type=Request.DHT, dht=asked))
-        except P2PDaemonError as error:
-            logger.debug("no address of peer %s is known: %s", peer, error)
-            return []
-        writer.close()
-        known = texts_of(map(multiaddr, response.dht.peer.addrs))
+        async with self._daemon_calls():
+            known = await self._control.addresses_of(peer)
         return list(map(str, usable_addresses(peer, (f"{text}/p2p/{peer}" for text in known))))
 
     async def bytes_relayed_by(self, peer: PeerId) -> int:
         self._check_usable()
-        target = StreamOpenRequest(peer=peer_bytes(peer), proto=[HOP_PROTOCOL])
-        request = Request(type=Request.STREAM_OPEN, streamOpen=target)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                _, reader, writer = await self._ask(request)
-                try:
-                    writer.write(RESERVE)
-                    size = await read_unsigned_varint(reader)
-                    answer = await reader.readexactly(min(size, MAX_ANSWER_BYTES))
-                finally:
-                    writer.transport.abort()
+                return await self._control.bytes_relayed_by(peer)
         except (P2PDaemonError, OSError, EOFError, TimeoutError) as error:
             logger.debug("peer %s is no relay: %r", peer, error)
             return 0
-        return bytes_relayed(answer)
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
@@ -316,20 +198,22 @@ class Libp2pTransport:
     async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> Libp2pStream:
         self._check_usable()
         if not is_peer_id(peer):
-            raise self._unreachable(peer, "not a peer id")
+            raise unreachable(peer, self.door.protocol, "not a peer id")
         self.door.check(peer)
         self.door.watch(self._streams)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 named = usable_addresses(peer, addresses)
-                stream = await self._open(peer, await permitted(named, self._own) if self._is_wary else named)
+                tried = await permitted(named, self._own) if self._is_wary else named
+                opened = await self._control.open_stream(peer, tried, self.door.protocol)
+                stream = Libp2pStream(peer, *opened, self._streams)
                 await self.door.call_enter(stream, self.peer)
                 return stream
         except TimeoutError:
-            raise self._unreachable(peer, "no answer in time") from None
+            raise unreachable(peer, self.door.protocol, "no answer in time") from None
         except P2PDaemonError as error:
             self._check_usable()
-            raise self._unreachable(peer, str(error)) from error
+            raise unreachable(peer, self.door.protocol, str(error)) from error
         except (OSError, EOFError) as error:
             self._check_usable()
             raise _mute_daemon() from error
@@ -356,15 +240,13 @@ class Libp2pTransport:
         """The peers that the daemon has connections with."""
         self._check_usable()
         async with self._daemon_calls():
-            response, _, writer = await self._ask(Request(type=Request.LIST_PEERS))
-        writer.close()
-        return list(response.peers)
+            return await self._control.connected()
 
     async def _join(self, peers: Sequence[Address]) -> None:
         """Connect to the initial peers, all at once: the first answer is enough to be in the swarm."""
         if not peers:
             return
-        dialling = {asyncio.create_task(self._connect(peer.peer, [peer])) for peer in peers}
+        dialling = {asyncio.create_task(self._control.connect(peer.peer, [peer])) for peer in peers}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 for fault in asyncio.as_completed(dialling):
@@ -384,59 +266,6 @@ class Libp2pTransport:
             for task in dialling:
                 task.cancel()
             await asyncio.gather(*dialling, return_exceptions=True)
-
-    async def _connect(self, peer: PeerId, addresses: Iterable[Address]) -> str:
-        """Have the daemon connected to `peer`, by one of these addresses if it is not yet.
-
-        Returns what kept it from that, in the daemon's words; empty if it is connected.
-        """
-        target = ConnectRequest(peer=peer_bytes(peer), addrs=encoded(addresses))
-        try:
-            _, _, writer = await self._ask(Request(type=Request.CONNECT, connect=target))
-        except (P2PDaemonError, OSError, EOFError) as error:
-            logger.debug("peer %s cannot be dialled: %s", peer, error)
-            return str(error) or "no answer"
-        writer.close()
-        return ""
-
-    async def _open(self, peer: PeerId, addresses: Sequence[Address]) -> Libp2pStream:
-        fault = ""
-        if addresses:
-            try:
-                async with asyncio.timeout(DIAL_TIMEOUT):
-                    fault = await self._connect(peer, addresses)
-            except TimeoutError:
-                logger.debug("peer %s does not answer at its addresses", peer)
-        target = StreamOpenRequest(peer=peer_bytes(peer), proto=[self.door.protocol])
-        request = Request(type=Request.STREAM_OPEN, streamOpen=target)
-        for _ in range(ROUTING_ATTEMPTS):
-            try:
-                _, reader, writer = await self._ask(request)
-            except P2PDaemonError as error:
-                if _OTHER_PEER in fault:
-                    raise P2PDaemonError(fault) from error
-                if _NO_ROUTING_YET not in str(error):
-                    raise
-                await asyncio.sleep(ROUTING_PERIOD)
-            else:
-                return Libp2pStream(peer, reader, writer, self._streams)
-        raise P2PDaemonError("this peer knows no other peer")
-
-    async def _ask(self, request: Request) -> tuple[Response, asyncio.StreamReader, asyncio.StreamWriter]:
-        """The daemon's answer, and the connection to it, which an opened stream goes on using.
-
-        hivemind's own calls leave that connection open when they fail or are cancelled.
-        """
-        reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
-        response = Response()
-        try:
-            await write_pbmsg(writer, request)
-            await read_pbmsg_safe(reader, response)
-            raise_if_failed(response)
-        except BaseException:
-            writer.close()
-            raise
-        return response, reader, writer
 
     async def _on_stream(
         self, source: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -460,25 +289,6 @@ class Libp2pTransport:
         for stream in list(self._streams):
             stream.close()
 
-    def _unreachable(self, peer: PeerId, reason: str) -> PeerUnreachable:
-        logger.debug("no stream to peer %s: %s", peer, reason)
-        if _OTHER_PEER in reason:
-            found = _FOUND.search(reason)
-            other = found[1] if found else ""
-            return OtherPeer(
-                f"At the addresses of peer {peer} another one answers, {other or 'of unknown id'}.",
-                "Take the address that the server prints now.",
-                other,
-            )
-        if "protocols not supported" in reason:
-            return OtherProtocol(
-                f"Peer {peer} does not speak {self.door.protocol}.",
-                "It may run another version, be in another swarm, or serve nothing.",
-            )
-        return PeerUnreachable(
-            f"Peer {peer} cannot be reached.", "It may have left, or be behind a firewall."
-        )
-
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -494,11 +304,6 @@ class Libp2pTransport:
             raise _mute_daemon() from error
 
 
-def _abort_if_lingering(transport: asyncio.WriteTransport) -> None:
-    if transport.get_write_buffer_size():
-        transport.abort()
-
-
 async def _relays_enough(transport: Libp2pTransport, host_maddrs: Sequence[str]) -> bool:
     """Whether a daemon that is to relay does so: it starts two relays, and the last one counts, which may be
     the one that ends connections after two minutes."""
@@ -508,7 +313,7 @@ async def _relays_enough(transport: Libp2pTransport, host_maddrs: Sequence[str])
     async with await Libp2pTransport.start(
         asker, host_maddrs=(), routes_for_others=False, relaying=Relaying(uses=True)
     ) as probe:
-        await probe._connect(transport.peer, [Address(path, transport.peer) for path in paths])
+        await probe._control.connect(transport.peer, [Address(path, transport.peer) for path in paths])
         return await probe.bytes_relayed_by(transport.peer) >= ENOUGH_BYTES
 
 

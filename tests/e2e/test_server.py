@@ -29,7 +29,8 @@ from swarm.errors import SwarmError
 from swarm.net import messages
 from swarm.net.calls import MessageStream, Refused
 from swarm.net.identity import Identity
-from swarm.net.libp2p import Libp2pStream, Libp2pTransport
+from swarm.net.libp2p import Libp2pTransport
+from swarm.net.libp2p_stream import Libp2pStream
 from swarm.processes import ServerProcess
 from tests.tiny import COMMON, tiny_checkpoint, tiny_tokenizer
 

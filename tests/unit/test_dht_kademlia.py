@@ -272,7 +272,7 @@ async def test_a_private_swarm_is_closed_to_all_without_its_key(
             await join(stack, open_addresses, door=Door(right))
 
         stranger = await join(stack, open_addresses)  # of the open swarm, but it knows the way
-        await stranger.transport._connect(first.identity.peer, map(parse_address, addresses))
+        await stranger.transport._control.connect(first.identity.peer, map(parse_address, addresses))
         protocol, target = stranger.store._node.protocol, first.store._node.peer_id
         assert await protocol.call_ping(target) is None
         assert await protocol.call_find(target, [DHTID.generate(source="mine")]) is None

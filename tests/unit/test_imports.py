@@ -48,7 +48,8 @@ LEAVES = {
 }
 
 ONLY_HERE = {
-    "hivemind.p2p": {"swarm.net.libp2p"},
+    "hivemind.p2p": {"swarm.net.libp2p", "swarm.net.control"},
+    "hivemind.p2p.p2p_daemon_bindings.utils": {"swarm.net.control"},
     "hivemind.utils.multiaddr": {"swarm.net.multiaddrs"},
     "hivemind.dht.node": {"swarm.dht.kademlia"},
     "hivemind.dht.storage": {"swarm.dht.node_storage"},

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from swarm.errors import InputError
-from swarm.net import daemon, door, libp2p
+from swarm.net import daemon, door, libp2p_stream
 from swarm.net.addresses import endpoint_of
 from swarm.net.calls import MessageStream, ping
 from swarm.net.dialling import dial
@@ -407,7 +407,7 @@ async def test_a_daemon_that_cannot_start(monkeypatch):
 
 
 async def test_a_peer_that_never_reads_does_not_keep_a_closed_stream(server, client, monkeypatch):
-    monkeypatch.setattr(libp2p, "LINGER", 0.1)
+    monkeypatch.setattr(libp2p_stream, "LINGER", 0.1)
     server.on_stream = lambda stream: asyncio.sleep(60)
     stream = await client.open_stream(server.transport.peer)
 
