@@ -65,7 +65,11 @@ class Control:
     async def addresses_of(self, peer: PeerId) -> list[str]:
         """The multiaddrs at which `peer` listens, as the daemon knows or finds out."""
         asked = DHTRequest(type=DHTRequest.FIND_PEER, peer=peer_bytes(peer), timeout=FIND_TIMEOUT)
-        response, _, writer = await self._ask(Request(type=Request.DHT, dht=asked))
+        try:
+            response, _, writer = await self._ask(Request(type=Request.DHT, dht=asked))
+        except P2PDaemonError as error:
+            logger.debug("no address of peer %s is known: %s", peer, error)
+            return []
         writer.close()
         return texts_of(map(multiaddr, response.dht.peer.addrs))
 

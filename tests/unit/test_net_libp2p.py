@@ -85,6 +85,11 @@ async def test_peers_are_authenticated_by_the_keys_that_sign(server, client):
     assert str(client.p2p.peer_id) == client.peer
 
 
+async def test_where_peers_listen_is_known_or_not(server, client):
+    assert set(await client.known_addresses(server.transport.peer)) == set(await server.transport.addresses())
+    assert await client.known_addresses(Identity.from_seed("nobody").peer) == []
+
+
 async def test_frames_of_all_sizes(server, client):
     stream = await client.open_stream(server.transport.peer)
     for size in (0, 1, 65_536, 65_537, 4 * 2**20):
