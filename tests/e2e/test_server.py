@@ -37,6 +37,8 @@ from tests.tiny import COMMON, tiny_checkpoint, tiny_tokenizer
 pytestmark = pytest.mark.e2e
 
 LISTED_WITHIN = 6.0
+"""Seconds of processor time that a server takes at most until it is listed: it has loaded nothing by then."""
+
 LEFT_WITHIN = 10.0
 START = 60.0
 """Seconds that a start may take on a busy machine where its speed is not what is tested."""
@@ -151,12 +153,11 @@ async def test_it_is_listed_within_seconds_and_says_to_wait(
 ) -> None:
     async with serving(tmp_path, checkpoint, name="first") as first, client_of(first) as (transport, store):
         address = await address_of(first)
-        started = time.monotonic()
         async with serving(
             tmp_path, checkpoint, "--initial-peers", address, name="second", until="listening"
         ) as second:
             listed = await until_listed(store, second)
-            assert time.monotonic() - started < LISTED_WITHIN
+            assert sum(psutil.Process(second.pid).cpu_times()[:2]) < LISTED_WITHIN
             assert listed.state == "joining"
             with pytest.raises(Refused) as refused:
                 await opened(transport, second, model, "b")
