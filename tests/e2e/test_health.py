@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+import pytest_asyncio
 
 from swarm.dht.announcement import ModelEntry, Throughput
 from swarm.health.watch import Watch
@@ -30,6 +31,7 @@ from tests.health_swarm import AnnouncedSwarm
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.e2e
+in_module_loop = pytest.mark.asyncio(loop_scope="module")
 
 START = 60.0
 """Seconds that a start may take on a busy machine where its speed is not what is tested."""
@@ -52,6 +54,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path: Path, checkpoint: Path, name: str, blocks: str, *more: str) -> ServerProcess:
     asked = ["--model", str(checkpoint), "--blocks", blocks, "--public-name", name, *LOCAL, *more]
     return ServerProcess(asked, name=name, log=tmp_path / f"{name}.log")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def first(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> AsyncIterator[ServerProcess]:
+    """A server of some blocks, which all tests leave in peace."""
+    async with server(tmp_path_factory.mktemp("first"), checkpoint, "first", "0:2") as started:
+        yield started
 
 
 @asynccontextmanager
@@ -104,67 +113,68 @@ def state_of(model: Any, name: str) -> str | None:
     return next((peer["state"] for peer in model["peers"] if peer["name"] == name), None)
 
 
-async def test_it_tells_of_servers_that_join_and_die(tmp_path: Path, checkpoint: Path) -> None:
-    async with server(tmp_path, checkpoint, "first", "0:2") as first:
-        address = await address_of(first)
-        async with health(tmp_path, address) as (page, url):
-            model = await until(url, lambda model: state_of(model, "first") == "serving")
-            blocks = model["num_blocks"]
-            assert (model["standing"], model["missing"]) == ("incomplete", [[2, blocks]])
-            assert f"--blocks 2:{blocks} --initial-peers {address}" in model["help"]["command"]
-            async with server(
-                tmp_path, checkpoint, "second", f"2:{blocks}", "--initial-peers", address
-            ) as second:
-                model = await until(url, lambda model: state_of(model, "second") == "joining")
-                assert model["standing"] == "joining"
-                model = await until(url, lambda model: model["standing"] == "runs")
-                assert model["tokens_per_s"] > 0
-                assert model["kv_tokens_left"] > 0
-                await until(url, lambda model: all(peer["reachable"] for peer in model["peers"]))
-                peer = (await second.wait_for("listening", START))["peer"]
-                reach = await ask(f"{url}api/v1/is_reachable/{peer}")
-                assert (reach["reachable"], reach["peer"]) == (True, peer)
-                second.kill()
-                await until(url, lambda model: model["unreached"] == [[2, blocks]])
-                model = await until(url, lambda model: state_of(model, "second") is None, GONE_WITHIN)
-                assert model["standing"] == "incomplete"
-            standings = [event["models"][0]["standing"] for event in page.events if event.get("models")]
-            assert [standing for standing, _ in itertools.groupby(standings)][-4:] == [
-                "incomplete",
-                "joining",
-                "runs",
-                "incomplete",
-            ]
+@in_module_loop
+async def test_it_tells_of_servers_that_join_and_die(
+    tmp_path: Path, checkpoint: Path, first: ServerProcess
+) -> None:
+    address = await address_of(first)
+    async with health(tmp_path, address) as (page, url):
+        model = await until(url, lambda model: state_of(model, "first") == "serving")
+        blocks = model["num_blocks"]
+        assert (model["standing"], model["missing"]) == ("incomplete", [[2, blocks]])
+        assert f"--blocks 2:{blocks} --initial-peers {address}" in model["help"]["command"]
+        async with server(
+            tmp_path, checkpoint, "second", f"2:{blocks}", "--initial-peers", address
+        ) as second:
+            model = await until(url, lambda model: state_of(model, "second") == "joining")
+            assert model["standing"] == "joining"
+            model = await until(url, lambda model: model["standing"] == "runs")
+            assert model["tokens_per_s"] > 0
+            assert model["kv_tokens_left"] > 0
+            await until(url, lambda model: all(peer["reachable"] for peer in model["peers"]))
+            peer = (await second.wait_for("listening", START))["peer"]
+            reach = await ask(f"{url}api/v1/is_reachable/{peer}")
+            assert (reach["reachable"], reach["peer"]) == (True, peer)
+            second.kill()
+            await until(url, lambda model: model["unreached"] == [[2, blocks]])
+            model = await until(url, lambda model: state_of(model, "second") is None, GONE_WITHIN)
+            assert model["standing"] == "incomplete"
+        standings = [event["models"][0]["standing"] for event in page.events if event.get("models")]
+        assert [standing for standing, _ in itertools.groupby(standings)][-4:] == [
+            "incomplete",
+            "joining",
+            "runs",
+            "incomplete",
+        ]
 
 
-async def test_a_browser_shows_it_live(tmp_path: Path, checkpoint: Path) -> None:
-    async with server(tmp_path, checkpoint, "first", "0:2") as first:
-        address = await address_of(first)
-        async with health(tmp_path, address) as (_, url), reading(url) as reader:
-            page = reader.page
-            await page.get_by_text("Nobody serves").wait_for(timeout=START * 1000)
-            await page.get_by_text("Live", exact=True).wait_for(timeout=START * 1000)
-            await page.evaluate("window.isTheSamePage = true")
-            async with server(tmp_path, checkpoint, "second", "2:4", "--initial-peers", address) as second:
-                row = page.locator("tbody tr", has_text="second")
-                await row.get_by_text("joining").wait_for(timeout=START * 1000)
-                await row.get_by_text("serving").wait_for(timeout=START * 1000)
-                await page.locator(".standing.runs, .standing.incomplete").first.wait_for(
-                    timeout=START * 1000
-                )
-                second.kill()
-                await row.get_by_text("not reached").wait_for(timeout=START * 1000)
-                await row.wait_for(state="detached", timeout=GONE_WITHIN * 1000)
-            assert await page.evaluate("window.isTheSamePage")
-            assert not reader.complaints
-            assert reader.hosts == {url.split("/")[2]}
+@in_module_loop
+async def test_a_browser_shows_it_live(tmp_path: Path, checkpoint: Path, first: ServerProcess) -> None:
+    address = await address_of(first)
+    async with health(tmp_path, address) as (_, url), reading(url) as reader:
+        page = reader.page
+        await page.get_by_text("Nobody serves").wait_for(timeout=START * 1000)
+        await page.get_by_text("Live", exact=True).wait_for(timeout=START * 1000)
+        await page.evaluate("window.isTheSamePage = true")
+        async with server(tmp_path, checkpoint, "second", "2:4", "--initial-peers", address) as second:
+            row = page.locator("tbody tr", has_text="second")
+            await row.get_by_text("joining").wait_for(timeout=START * 1000)
+            await row.get_by_text("serving").wait_for(timeout=START * 1000)
+            await page.locator(".standing.runs, .standing.incomplete").first.wait_for(timeout=START * 1000)
+            second.kill()
+            await row.get_by_text("not reached").wait_for(timeout=START * 1000)
+            await row.wait_for(state="detached", timeout=GONE_WITHIN * 1000)
+        assert await page.evaluate("window.isTheSamePage")
+        assert not reader.complaints
+        assert reader.hosts == {url.split("/")[2]}
 
 
+@in_module_loop
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_it_leaves_when_asked_though_somebody_reads(
-    tmp_path: Path, checkpoint: Path, number: signal.Signals
+    tmp_path: Path, first: ServerProcess, number: signal.Signals
 ) -> None:
-    async with server(tmp_path, checkpoint, "first", "0:2") as first, beside(tmp_path, first) as (page, url):
+    async with beside(tmp_path, first) as (page, url):
         with await asyncio.to_thread(urlopen, f"{url}api/v1/events", timeout=20) as news:
             assert await asyncio.to_thread(news.readline) == b"retry: 3000\n"
             daemons = psutil.Process(page.pid).children(recursive=True)
@@ -178,8 +188,9 @@ async def test_it_leaves_when_asked_though_somebody_reads(
         assert page.log_tail() == ""
 
 
-async def test_its_network_dying_ends_it(tmp_path: Path, checkpoint: Path) -> None:
-    async with server(tmp_path, checkpoint, "first", "0:2") as first, beside(tmp_path, first) as (page, _):
+@in_module_loop
+async def test_its_network_dying_ends_it(tmp_path: Path, first: ServerProcess) -> None:
+    async with beside(tmp_path, first) as (page, _):
         (daemon,) = psutil.Process(page.pid).children()
         daemon.kill()
         assert await page.wait_ended() == 1

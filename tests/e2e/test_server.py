@@ -148,7 +148,7 @@ async def test_a_server_lives_from_listening_to_left(tmp_path: Path, checkpoint:
         assert not any(daemon.is_running() for daemon in daemons)
 
 
-async def test_it_is_listed_within_seconds_and_says_to_wait(
+async def test_it_is_listed_within_seconds_says_to_wait_and_takes_its_announcement_with_it(
     tmp_path: Path, checkpoint: Path, model: Model
 ) -> None:
     async with serving(tmp_path, checkpoint, name="first") as first, client_of(first) as (transport, store):
@@ -165,6 +165,11 @@ async def test_it_is_listed_within_seconds_and_says_to_wait(
             assert refused.value.error.retry_after
             await second.wait_for("serving", START)
             await opened(transport, second, model, "b")
+            (entry,) = await list_models(store)
+            assert await listed_peers(store, entry) == 2
+            second.terminate()
+            assert await second.wait_ended() == 0
+            assert await listed_peers(store, entry) == 1
 
 
 async def until_listed(store: KademliaStore, server: ServerProcess) -> Announcement:
@@ -176,17 +181,6 @@ async def until_listed(store: KademliaStore, server: ServerProcess) -> Announcem
                     if announcement.peer == peer:
                         return announcement
             await asyncio.sleep(0.05)
-
-
-async def test_leaving_takes_the_announcement_with_it(tmp_path: Path, checkpoint: Path) -> None:
-    async with serving(tmp_path, checkpoint, name="first") as first, client_of(first) as (_, store):
-        (entry,) = await list_models(store)
-        address = await address_of(first)
-        async with serving(tmp_path, checkpoint, "--initial-peers", address, name="second") as second:
-            assert await listed_peers(store, entry) == 2
-            second.terminate()
-            assert await second.wait_ended() == 0
-            assert await listed_peers(store, entry) == 1
 
 
 async def listed_peers(store: KademliaStore, entry: ModelEntry) -> int:
