@@ -35,7 +35,7 @@ unit: $(VENV)/test.stamp
 	$(RUN) -m pytest -n 2 --dist loadfile tests/unit
 
 e2e: $(VENV)/test.stamp
-	$(RUN) -m pytest tests/e2e
+	$(RUN) -m pytest -n 2 --dist loadfile tests/e2e
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt $(wildcard kernels/native/*)
 	@echo "Setting up the environment in $(VENV); the first time takes some minutes."

@@ -72,12 +72,13 @@ async def said_by(*command: str, **environment: str) -> str:
     return out.decode()
 
 
-async def test_the_page_does_what_it_says(addresses: list[str], tmp_path: Path) -> None:
+async def test_the_page_does_what_it_says(
+    addresses: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "library.md").read_text(), re.DOTALL | re.MULTILINE)
     page = tmp_path / "page.py"
     page.write_text("\n".join(blocks))
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    temporary = tmp_path_factory.mktemp("t")  # a socket lies in it, whose path must be short
     said = await said_by(str(page), **{PEERS_VARIABLE: " ".join(addresses), "TMPDIR": str(temporary)})
     assert "Once upon a time" in said
     assert said.count("Paris") >= 3, "asked in a session, by hand, and of connect_sync"
