@@ -1,7 +1,8 @@
 """What a route costs: seconds, from what servers announce and this client has seen of them.
 
-Owns the model of where a session's time goes, as arrays over servers: ways, queues, blocks, transfers. Pure
-functions of announcements and of a demand; must not know how the cheapest way is found, nor who is on it.
+Owns the model of where a session's time goes, as arrays over servers: ways, queues, blocks, transfers; and of
+the time that it takes others. Pure functions of announcements and of a demand; must not know how the cheapest
+way is found, nor who is on it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,17 @@ CONTEXT_DOUBLING = 16_384
 
 By the bytes that are read it lies at 9,000 for the smallest models and above 100,000 for large ones.
 """
+
+WAITED = 3.0
+"""Seconds that others wait for one in which a block is run, for each step that is in the queue there.
+
+It delays each of those by one, and those who come later as well. Where steps come at random and `n` are
+there, others wait n + n² in all (M/M/1): three for each where there are two. It is not taken to grow beyond
+that, since servers that run steps together let nobody wait so long.
+"""
+
+MOST_WAITED = 30.0
+"""The same for all steps in a queue at most, however many a server announces."""
 
 HOP_SECONDS = 0.001
 """What each hop costs a step besides: taking it in, queueing it, handing its result on."""
@@ -109,7 +121,8 @@ class Prices:
 
     `way`: between client and server, one way. `queue`: until a step begins. `block`: one block in one decode
     step. `prompt`: one block for the whole prompt. `byte`: one byte in or out, 0 where that is not known.
-    `once`: for a whole session, until the server has its blocks and by the client's penalties.
+    `once`: for a whole session, until the server has its blocks and by the client's penalties. `toll`, which
+    is a number: how many seconds others wait for one in which a block is run for this session.
     """
 
     way: Seconds
@@ -118,27 +131,30 @@ class Prices:
     prompt: Seconds
     byte: Seconds
     once: Seconds
+    toll: Seconds
 
 
 class Rates(NamedTuple):
     """What servers announce of their speed: arrays [servers].
 
     `decode` and `prefill` in blocks a second for one token, `network` in bytes a second or 0 where unknown;
-    `queued`, the blocks that the steps in the queue still run; `ready`, seconds until the blocks are loaded.
+    `size`, the blocks of the span, and `queued`, those that the steps in the queue still run, each its whole
+    span; `ready`, seconds until the blocks are loaded.
     """
 
     decode: Seconds
     prefill: Seconds
     network: Seconds
+    size: Seconds
     queued: Seconds
     ready: Seconds
 
 
 def rates(servers: Sequence[Announcement]) -> Rates:
-    said = np.array([_rates(server) for server in servers], dtype=np.float64).reshape(-1, 5)
-    decode, prefill, network, queued, ready = said.T
+    said = np.array([_rates(server) for server in servers], dtype=np.float64).reshape(-1, 6)
+    decode, prefill, network, size, queued, ready = said.T
     decode = np.where(decode > 0, decode, DEFAULT_DECODE)
-    return Rates(decode, np.where(prefill > 0, prefill, decode * PREFILL_GAIN), network, queued, ready)
+    return Rates(decode, np.where(prefill > 0, prefill, decode * PREFILL_GAIN), network, size, queued, ready)
 
 
 def prices(peers: Sequence[PeerId], rates: Rates, costs: Costs, demand: Demand = ONE_TOKEN) -> Prices:
@@ -147,6 +163,9 @@ def prices(peers: Sequence[PeerId], rates: Rates, costs: Costs, demand: Demand =
     A step takes a block what is announced for one token, for each further row what is announced for a token
     in prefill, and more the longer the context. The queue is the announced one, each step in it running the
     server's whole span. As far as it is to be trusted, what this client saw stands in for both.
+
+    What others wait follows from the queue in seconds too. So it is little where many steps are in the queue
+    and run together, once this client has seen that they are.
     """
     rtts = np.array(list(map(costs.rtt, peers)), dtype=np.float64)  # None becomes NaN
     queue, pace = rates.queued / rates.decode, np.full(len(peers), _growth(demand))
@@ -157,14 +176,15 @@ def prices(peers: Sequence[PeerId], rates: Rates, costs: Costs, demand: Demand =
             if (seen := costs.seen.get(peer)) is not None:
                 queue[index] += seen.trust * (seen.queue - queue[index])
                 pace[index] += seen.trust * (seen.pace - pace[index])
-    network = rates.network
+    network, block = rates.network, (1 / rates.decode + (demand.rows - 1) / rates.prefill) * pace
     return Prices(
         way=np.where(np.isnan(rtts), DEFAULT_RTT, rtts) / 2,
         queue=queue,
-        block=(1 / rates.decode + (demand.rows - 1) / rates.prefill) * pace,
+        block=block,
         prompt=demand.prompt_tokens / rates.prefill * (1 + demand.prompt_tokens / 2 / CONTEXT_DOUBLING),
         byte=np.divide(1.0, network, out=np.zeros(len(network)), where=network > 0),
         once=once,
+        toll=np.minimum(WAITED * queue / (rates.size * block), MOST_WAITED),
     )
 
 
@@ -179,11 +199,10 @@ def _growth(demand: Demand) -> float:
     return 1 + (demand.prompt_tokens + (demand.new_tokens - 1) / 2) / CONTEXT_DOUBLING
 
 
-def _rates(server: Announcement) -> tuple[float, float, float, int, float]:
-    measured = server.throughput
-    queued = server.queue * (server.end - server.start)
+def _rates(server: Announcement) -> tuple[float, float, float, int, int, float]:
+    measured, size = server.throughput, server.end - server.start
     ready = 0.0 if server.state != "joining" else _loading_seconds(server)
-    return measured.decode, measured.prefill, measured.network, queued, ready
+    return measured.decode, measured.prefill, measured.network, size, server.queue * size, ready
 
 
 def _loading_seconds(server: Announcement) -> float:

@@ -47,6 +47,7 @@ class Explanation:
         runner_up = self.runner_up and {
             "hops": [{"peer": hop.peer, "blocks": list(hop.span)} for hop in self.runner_up.hops],
             "token_ms": _ms(self.runner_up.seconds),
+            "toll_ms": _ms(self.runner_up.toll),
             "slower": round(self.slower, 4),
         }
         return {
@@ -56,6 +57,7 @@ class Explanation:
             ],
             "back_ms": _ms(self.times.back),
             "token_ms": _ms(self.times.token),
+            "toll_ms": _ms(self.times.toll),
             "tokens_per_s": round(1 / self.times.token, 3),
             "prompt_tokens": self.demand.prompt_tokens,
             "new_tokens": self.demand.new_tokens,
@@ -104,7 +106,7 @@ def explain(
     route = find()
     times = estimate(route.visits, costs, demand)
     others = [other for peer in dict.fromkeys(hop.peer for hop in route.hops) for other in without(peer)]
-    runner_up = min(others, key=lambda other: other.seconds, default=None)
+    runner_up = min(others, key=lambda other: other.cost, default=None)
     advice = (
         *_what_takes_longest(route, times),
         *_what_is_not_known(route, costs),
@@ -194,6 +196,7 @@ def _hop_json(hop: Hop, share: Share, times: Estimate) -> dict[str, Any]:
         "way_ms": _ms(share.way),
         "queue_ms": _ms(share.queue),
         "compute_ms": _ms(share.compute),
+        "toll_ms": _ms(share.toll),
         "share": round(share.seconds / times.token, 4),
     }
 

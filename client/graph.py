@@ -134,6 +134,9 @@ def graph_of(view: View, usable: Indices, span: Span, costs: Costs, demand: Dema
     Its costs are the seconds of all of `demand`: the prompt and each new token go along the whole route
     once. Activations of the prompt travel between hops; the first block is given token ids, the client one
     token's activations in the end.
+
+    What a block takes counts for those as well who wait meanwhile: else a route that needs a block which few
+    hold would have their servers run others too, that many hold, since it waits there once in any case.
     """
     priced = prices(view.peers, view.rates, costs, demand)
     way = priced.way * demand.trips
@@ -147,7 +150,7 @@ def graph_of(view: View, usable: Indices, span: Span, costs: Costs, demand: Dema
         start=start,
         end=end,
         enter=priced.once + (priced.queue + HOP_SECONDS) * demand.trips,
-        block=priced.block * demand.new_tokens + priced.prompt,
+        block=(priced.block * demand.new_tokens + priced.prompt) * (1 + priced.toll),
         come=way + carried,
         leave=way + carried,
         first=way + (ids if span.start == 0 else carried),

@@ -50,10 +50,19 @@ class Hop:
 
 @dataclass(frozen=True)
 class Route:
-    """Ordered hops that cover the model; `seconds` is the estimated time of one token."""
+    """Ordered hops that cover the model; `seconds` is the estimated time of one token.
+
+    `toll` are the seconds that others are taken to wait for each of its tokens.
+    """
 
     hops: tuple[Hop, ...]
     seconds: float
+    toll: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """What a token takes everybody."""
+        return self.seconds + self.toll
 
     @property
     def visits(self) -> list[tuple[Announcement, Span]]:
@@ -102,10 +111,11 @@ def find_route(
 ) -> Route:
     """The fastest route through the blocks of `span` for a session of at most `tokens` tokens.
 
-    Fastest is what takes the least time for the whole of `demand`. Only serving peers with room for the
-    session are used, and none of `excluded`, whose values say why ("has no room"). Equal costs are decided
-    by the number of hops, then by the order of peer ids. `woken` have been asked to load their blocks, and
-    may not have announced yet that they do. Nobody runs more than `limits` allow.
+    Fastest is what takes the least time for the whole of `demand`, and it counts as well how long others wait
+    for it: a route that takes its session a little longer may let many go faster. Only serving peers with
+    room for the session are used, and none of `excluded`, whose values say why ("has no room"). Equal costs
+    are decided by the number of hops, then by the order of peer ids. `woken` have been asked to load their
+    blocks, and may not have announced yet that they do. Nobody runs more than `limits` allow.
 
     Raises:
         NoRoute: some blocks have no such peer; says which, who is still loading them, and whom to wake.
@@ -153,7 +163,7 @@ def _cheapest(
         server = view.servers[index]
         hops.append(Hop(server.peer_id, Span(span.start + start, span.start + end), server))
     times = estimate([(hop.announcement, hop.span) for hop in hops], costs, demand)
-    return Route(tuple(hops), times.token)
+    return Route(tuple(hops), times.token, times.toll)
 
 
 def _unplaced(view: View, usable: Indices, span: Span, costs: Costs, limits: Limits) -> list[Span]:

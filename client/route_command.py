@@ -20,7 +20,7 @@ from swarm.client.joining import join
 from swarm.client.options import SessionOptions
 from swarm.client.peers import find_model
 from swarm.client.privacy import NO_PRIVACY, Privacy
-from swarm.client.route import Hop, NoRoute, Route, label
+from swarm.client.route import Hop, NoRoute, label
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.directory import list_models, list_peers
 from swarm.dht.rtts import RoundTrips
@@ -39,6 +39,9 @@ TEXTS = 3
 """Columns that hold texts; the others hold numbers."""
 
 STRAIGHT = "↳"
+
+NOTABLE = 0.0005
+"""Seconds of others' waiting for a token from which on it is told."""
 
 
 async def main(args: argparse.Namespace) -> int:
@@ -144,7 +147,8 @@ def _summary(explanation: Explanation) -> list[str]:
         *([f"{STRAIGHT} straight from the hop above; the others by way of you."] if is_any_direct else []),
         f"A token takes {_ms(times.token)} ms, which makes {1 / times.token:.1f} tokens/s.",
         f"The first one comes {times.first_token:.2f} s after a prompt of {demand.prompt_tokens} tokens.",
-        _runner_up(explanation.runner_up, explanation.slower),
+        *_toll(times.toll),
+        _runner_up(explanation),
         *_privacy(explanation),
     ]
 
@@ -166,13 +170,28 @@ def _privacy(explanation: Explanation) -> list[str]:
     return [f"As you want it, {' and '.join(rules)}; {cost}."]
 
 
-def _runner_up(route: Route | None, slower: float) -> str:
+def _toll(seconds: float) -> list[str]:
+    """What the route takes others, where that is anything."""
+    return (
+        [f"Others are taken to wait {_ms(seconds)} ms for it, which counts as well."]
+        if seconds >= NOTABLE
+        else []
+    )
+
+
+def _runner_up(explanation: Explanation) -> str:
+    route, slower = explanation.runner_up, explanation.slower
     if route is None:
         return "There is no other route: each of these peers is needed."
-    if slower < -0.005:
-        rate = f"{-slower:.0%} faster, but slower with the prompt"
+    more = route.toll - explanation.times.toll
+    if slower >= 0.005:
+        rate = f"{slower:.0%} slower"
+    elif slower > -0.005:
+        rate = "as fast"
+    elif more > 0:
+        rate = f"{-slower:.0%} faster, but others would wait {_ms(more)} ms more"
     else:
-        rate = f"{slower:.0%} slower" if slower >= 0.005 else "as fast"
+        rate = f"{-slower:.0%} faster, but slower with the prompt"
     return f"The runner-up is {rate}, {_ms(route.seconds)} ms a token: {route}."
 
 

@@ -151,9 +151,9 @@ class Routes:
     def better(self, route: Route, demand: Demand) -> Route | None:
         """Another route that a session on `route` is clearly better off on, None if there is none.
 
-        Both are judged by what is announced and known now. A token must take `CLEARLY` less, and all of
-        `demand.new_tokens` must save more than it costs to move: to open the session there and to run the
-        `demand.prompt_tokens` that it holds once more.
+        Both are judged by what is announced and known now, others' waiting included. A token must take
+        `CLEARLY` less, and all of `demand.new_tokens` must save more than it costs to move: to open the
+        session there and to run the `demand.prompt_tokens` that it holds once more.
         """
         present = self._as_announced(route)
         if present is None:
@@ -165,8 +165,8 @@ class Routes:
         except NoRoute:
             return None
         here, there = estimate(present, costs, demand), estimate(other.visits, costs, demand)
-        saved = (here.token - there.token) * demand.new_tokens
-        is_clear = there.token <= here.token * (1 - CLEARLY)
+        saved = (here.cost - there.cost) * demand.new_tokens
+        is_clear = there.cost <= here.cost * (1 - CLEARLY)
         return other if is_clear and saved > there.first_token + there.token else None
 
     def demand(self, prompt_tokens: int, new_tokens: int, rows: int = 1) -> Demand:

@@ -88,6 +88,23 @@ def test_the_runner_up_avoids_one_of_the_peers() -> None:
     assert "There is no other route" in text(alone)
 
 
+def test_says_how_long_others_wait_and_what_would_be_faster_without_that() -> None:
+    near, far = server("near", 0, 6, queue=1), server("far", 0, 6, decode=60.0)
+    found = explained(near, far)
+    said = found.as_json()
+    assert [hop["peer"] for hop in said["hops"]] == ["far"]
+    assert said["toll_ms"] == said["hops"][0]["toll_ms"] == 0
+    assert said["runner_up"]["toll_ms"] == pytest.approx(180, abs=0.01)
+    assert said["runner_up"]["slower"] > 0
+    busy = explained(near)
+    assert busy.as_json()["toll_ms"] == pytest.approx(180, abs=0.01)
+    assert "Others are taken to wait 180.0 ms for it" in text(busy)
+    assert "Others are" not in text(found)
+    faster = explained(near, server("far", 0, 6, decode=40.0))
+    assert faster.slower < 0
+    assert "faster, but others would wait 180.0 ms more" in " ".join(text(faster).split())
+
+
 def test_says_what_takes_longest() -> None:
     def first(explanation: Explanation) -> str:
         return explanation.advice[0]

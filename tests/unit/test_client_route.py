@@ -5,11 +5,12 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import product
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.client.costs import HOP_SECONDS, Costs, Demand
+from swarm.client.costs import HOP_SECONDS, WAITED, Costs, Demand, Seen
 from swarm.client.graph import View
 from swarm.client.route import NoRoute, Route, find_route, missing_spans
 from swarm.dht.announcement import Announcement, Throughput
@@ -33,19 +34,19 @@ def shape(route: Route) -> list[tuple[str, int, int]]:
 
 
 def brute_force(servers: Sequence[Announcement], num_blocks: int, costs: Costs) -> float:
-    """The least time over every choice of a server for each block."""
+    """The least cost over every choice of a server for each block."""
     choices = [[one for one in servers if block in one.span.blocks] for block in range(num_blocks)]
     return min(price(way, costs) for way in product(*choices))
 
 
 def price(way: Sequence[Announcement], costs: Costs) -> float:
-    """Seconds of one token, with a server for each block."""
+    """Seconds that one token takes, with a server for each block, and that others wait for it."""
     total, before = 0.0, None
     for one in way:
         block = 1 / (one.throughput.decode or 50.0)
         if one is not before:
             total += HOP_SECONDS + change(before, one, costs) + one.queue * one.span.size * block
-        total += block
+        total += block * (1 + WAITED * one.queue)
         before = one
     assert before is not None
     return total + one_way(before, costs)
@@ -90,10 +91,12 @@ def graphs(draw: st.DrawFn) -> tuple[list[Announcement], int, Costs]:
 def test_is_the_fastest_of_all(graph: tuple[list[Announcement], int, Costs]) -> None:
     servers, num_blocks, prices = graph
     route = find_route(servers, Span(0, num_blocks), costs=prices)
-    assert route.seconds == pytest.approx(brute_force(servers, num_blocks, prices))
+    assert route.cost == pytest.approx(brute_force(servers, num_blocks, prices))
     blocks = [(hop.announcement, block) for hop in route.hops for block in hop.span.blocks]
     assert [block for _, block in blocks] == list(range(num_blocks))
-    assert route.seconds == pytest.approx(price([one for one, _ in blocks], prices))
+    assert route.cost == pytest.approx(price([one for one, _ in blocks], prices))
+    waited = sum(one.queue / (one.throughput.decode or 50.0) for one, _ in blocks)
+    assert route.toll == pytest.approx(WAITED * waited)
 
 
 @given(graphs(), st.randoms())
@@ -124,6 +127,40 @@ def test_queue_counts_in_steps_of_the_whole_span() -> None:
     route = find_route(servers, Span(0, 4), costs=costs({"busy": 0.01, "idle": 0.01}))
     assert shape(route) == [("idle", 0, 4)]
     assert route.seconds == pytest.approx(0.011 + 4 / 30)
+
+
+def test_who_alone_holds_a_block_is_spared_the_others_once_steps_wait_there() -> None:
+    def through(queue: int) -> Route:
+        servers = [server("scarce", 0, 4, decode=100, queue=queue), server("spare", 0, 3, decode=100)]
+        return find_route(servers, Span(0, 4), costs=costs({"scarce": 0.02, "spare": 0.06}))
+
+    alone, spared = through(0), through(3)
+    assert shape(alone) == [("scarce", 0, 4)]
+    assert alone.toll == 0
+    assert shape(spared) == [("spare", 0, 3), ("scarce", 3, 4)]  # it waits there once in any case
+    assert spared.seconds == pytest.approx(0.08 + 2 * HOP_SECONDS + 0.04 + 3 * 0.04)
+    assert spared.toll == pytest.approx(WAITED * 3 * 0.01)
+
+
+def test_what_others_wait_follows_what_was_seen_at_a_server_that_runs_steps_together() -> None:
+    servers = [server("many", 0, 4, decode=100, queue=9), server("spare", 0, 3, decode=100)]
+    rtts = {"many": 0.02, "spare": 0.06}
+    assert shape(find_route(servers, Span(0, 4), costs=costs(rtts)))[0] == ("spare", 0, 3)
+    together = Costs(rtt=rtts.get, seen={PeerId("many"): Seen(queue=0.02, pace=1.2, trust=1.0)})
+    route = find_route(servers, Span(0, 4), costs=together)
+    assert shape(route) == [("many", 0, 4)]
+    assert route.toll == pytest.approx(WAITED * 0.02)
+
+
+@given(graphs())
+def test_where_nobody_waits_the_fastest_for_the_session_is_taken(
+    graph: tuple[list[Announcement], int, Costs],
+) -> None:
+    servers, num_blocks, prices = graph
+    idle = [msgspec.structs.replace(one, queue=0) for one in servers]
+    route = find_route(idle, Span(0, num_blocks), costs=prices)
+    assert route.toll == 0
+    assert route.seconds == pytest.approx(brute_force(idle, num_blocks, prices))
 
 
 def test_direct_way_between_servers_is_taken() -> None:

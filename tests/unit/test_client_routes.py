@@ -281,7 +281,7 @@ async def test_successes_end_a_suspicion_and_teach_the_queue() -> None:
     for _ in range(20):
         found.succeeded(hop(B), 1, queue_ms=300.0, compute_ms=20.0)
     assert found.find().hops[1].peer == "spare"
-    await asyncio.sleep(60.0)
+    await asyncio.sleep(100.0)
     assert found.find().hops[1].peer == "b"
 
 
@@ -339,6 +339,20 @@ async def test_moving_needs_a_present_route_that_still_serves() -> None:
     assert found.better(present, found.demand(1, 500)) is None
     board.announcements = board.announcements[1:]
     assert found.better(present, found.demand(1, 500)) is None
+
+
+@in_virtual_time
+async def test_a_session_moves_to_where_fewer_others_wait_for_it() -> None:
+    board = Board(NEAR, server("slower", 0, 6, decode=80.0))
+    found = routes(board)
+    present = found.find()
+    assert peers(present.hops) == ["near"]
+    board.announcements = [msgspec.structs.replace(NEAR, queue=1), *board.announcements[1:]]
+    better = found.better(present, found.demand(10, 900))
+    assert better is not None
+    assert peers(better.hops) == ["slower"]
+    board.announcements = [NEAR, *board.announcements[1:]]
+    assert found.better(better, found.demand(10, 900)) is None  # it would gain too little
 
 
 @in_virtual_time
