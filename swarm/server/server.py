@@ -198,7 +198,7 @@ class Server:
             asleep=cell.is_asleep,
             throughput=self._strength.throughput,
             kv_tokens_left=cell.engine.kv_tokens_left if cell.engine else 0,
-            queue=cell.engine.queue if cell.engine else 0,
+            queue=self._strength.queue,
             dtype=cell.dtype,
             quantization=cell.quantization,
             name=self._name,

@@ -7,6 +7,7 @@ Owns when that is done. How it is done is known to `gauge` and `network_rate`, w
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -20,6 +21,7 @@ from swarm.server.drift import Seen
 from swarm.server.network_rate import network_rate
 from swarm.server.placement import lot
 from swarm.server.span_engine import BatchReport
+from swarm.server.together import Together
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Strength:
         self._measure = measure
         self._on_change = on_change
         self._seen = Seen()
+        self._together = Together()
         self._network = 0.0
         self._ran_at = self._engine_due = self._network_due = 0.0
 
@@ -59,10 +62,18 @@ class Strength:
         """What the server announces."""
         return msgspec.structs.replace(self._cell.throughput, network=self._network)
 
+    @property
+    def queue(self) -> int:
+        """The steps in the queue as the server announces them: as many as would take so long one by one."""
+        if self._cell.engine is None:
+            return 0
+        return math.ceil(self._cell.engine.queue * self._together.part(self._cell.throughput.decode))
+
     def on_batch(self, report: BatchReport) -> None:
         """The engine has run an iteration."""
         self._ran_at = self._now()
         self._seen.add(report)
+        self._together.add(report)
 
     async def run(self) -> None:
         """Measure what is due, until cancelled."""

@@ -14,6 +14,7 @@ from swarm.server.drift import ENOUGH, FACTOR, PROMPT_ROWS, Seen, has_drifted
 from swarm.server.gauge import MOST_KEPT, Gauge, Setting
 from swarm.server.network_rate import network_rate
 from swarm.server.probes import PAUSE, PAUSE_OF_ALL, Probes
+from swarm.server.together import Together
 from swarm.spans import Span
 from tests.fake_engine import FakeEngine
 from tests.hosting import ONE, ask, ended, hosting, opened, opening, refusal
@@ -113,6 +114,41 @@ def test_only_what_one_session_had_to_itself_counts() -> None:
     assert not seen.differs(Throughput(decode=100.0, prefill=3.0 * PROMPT_ROWS))
     seen.forget()
     assert not seen.differs(announced)
+
+
+def test_steps_that_run_together_take_a_part_of_what_they_take_alone() -> None:
+    together = Together()
+    assert together.part(100.0) == 1.0
+    together.add(Ran())
+    assert together.part(100.0) == pytest.approx(1.0)
+    assert together.part(50.0) == pytest.approx(0.5)
+    assert together.part(0.0) == 1.0
+    together.add(Ran(decode_tokens=8, prefill_tokens=512, pairs=1560, seconds=3.0))
+    assert together.part(100.0) == pytest.approx(1.0), "what prefills tells nothing"
+    for _ in range(100):
+        together.add(Ran(steps=8, decode_tokens=8, pairs=24, seconds=0.06))
+    assert together.part(100.0) == pytest.approx(0.25, rel=0.01)
+    for _ in range(100):
+        together.add(Ran(steps=8, decode_tokens=8, pairs=24, seconds=1.0))
+    assert together.part(100.0) == 1.0, "being slow is no reason to seem busier"
+
+
+@in_virtual_time
+async def test_steps_that_run_together_are_announced_as_fewer() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        engine = world.engines["alice"]
+        engine.queue = 8
+        assert life.server.announcement().queue == 8
+        assert engine.on_batch is not None
+        for _ in range(100):
+            engine.on_batch(Ran(steps=8, decode_tokens=8, pairs=24, seconds=0.06))
+        assert life.server.announcement().queue in (2, 3)
+        engine.queue = 1
+        assert life.server.announcement().queue == 1
+        engine.queue = 0
+        assert life.server.announcement().queue == 0
 
 
 @in_virtual_time
