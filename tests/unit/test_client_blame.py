@@ -1,9 +1,10 @@
 """Blame and what was observed of peers: strikes, suspicion, rest and forgiveness on a clock that is given."""
 
+import msgspec
 import pytest
 
 from swarm.client.blame import LIGHT, Blame
-from swarm.client.costs import ONE_TOKEN, Costs, Demand, Prices, Seen, prices, rates
+from swarm.client.costs import MOST_WAITED, ONE_TOKEN, WAITED, Costs, Demand, Prices, Seen, prices, rates
 from swarm.client.observed import MEMORY, Observed
 from swarm.dht.announcement import Announcement, Throughput
 from swarm.net.transport import PeerId
@@ -141,6 +142,18 @@ def test_fresh_sight_stands_in_for_the_announcement_and_old_sight_does_not() -> 
     assert met() == pytest.approx((2 * 4 * 0.01, 0.01))
     assert met(Seen(0.3, 2.0, 1.0)) == pytest.approx((0.3, 0.02))
     assert met(Seen(0.3, 2.0, 0.5)) == pytest.approx((0.19, 0.015))
+
+
+def test_others_wait_as_the_queue_says_and_no_announcement_makes_that_endless() -> None:
+    def toll(queue: int, *seen: Seen) -> float:
+        known = Costs(rtt=lambda peer: 0.1, seen=dict.fromkeys((A,), *seen) if seen else {})
+        return float(priced(msgspec.structs.replace(SERVER, queue=queue), costs=known).toll[0])
+
+    assert toll(0) == 0
+    assert toll(2) == pytest.approx(2 * WAITED)
+    assert toll(2, Seen(0.02, 1.0, 1.0)) == pytest.approx(WAITED * 0.02 / 0.04)
+    assert toll(2, Seen(0.0, 1.0, 1.0)) == 0
+    assert toll(2**40) == MOST_WAITED
 
 
 def test_prices_follow_rows_context_prompt_and_network() -> None:

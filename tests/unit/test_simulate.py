@@ -15,6 +15,7 @@ from benchmarks.simulate_report import growth
 from benchmarks.simulated_traffic import routing, town, traffic, waiting
 from benchmarks.whole_swarm import Answers
 from benchmarks.world import DETOUR, EARTH_RADIUS, FIBRE, World, on_sphere
+from swarm.client import costs
 from swarm.net.virtual_time import run
 from swarm.server.capacity import Layout
 from swarm.spans import Span
@@ -135,6 +136,17 @@ def test_traffic_through_a_town() -> None:
     assert calm["token_ms"] < busy["token_ms"]
     assert calm["given"] < busy["given"] < busy["capacity"]
     assert routing(small)["servers"] == 4
+
+
+def test_who_alone_holds_a_block_is_not_used_up_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    scarce = town([(Span(0, 12), 60.0), (Span(0, 6), 400.0), (Span(5, 11), 400.0)], 12, seed=2)
+    given = traffic(scarce, 0.9, seed=1)
+    monkeypatch.setattr(costs, "WAITED", 0.0)
+    if_each_for_itself = traffic(scarce, 0.9, seed=1)
+    assert given is not None
+    assert if_each_for_itself is not None
+    assert given["given"] > 3 * if_each_for_itself["given"]
+    assert given["token_ms_p95"] < if_each_for_itself["token_ms_p95"] / 2
 
 
 def test_growth_is_fitted() -> None:
