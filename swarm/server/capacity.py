@@ -7,7 +7,7 @@ numbers alone: nothing of peers, nor of who should move.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -60,22 +60,39 @@ class Layout:
         return float(self.strengths.sum()) / self.num_blocks
 
     def tight(self) -> Tight:
-        """What these servers carry together, and where it is limited."""
-        throughput, blocks = _tightest(self._within(), self.bound, None)
-        return Tight(float(throughput[0]), blocks[0])
+        """What these servers carry together, and where it is limited.
 
-    def throughputs_with(self, strength: float, size: int, starts: Indices) -> Floats:
-        """What they would carry with one more server of `size` blocks, at each of `starts`."""
-        bound = self.bound + strength / self.num_blocks
-        return _tightest(self._within(), bound, _Another(strength, size, starts))[0]
+        By the max-flow min-cut theorem it is the least, over all sets of blocks, of the strength that holds
+        any of them by their number. Those who hold none of a set lie in the gaps between its blocks, so a set
+        is found by its gaps; the ratio is minimised by Dinkelbach's method (Management Science 13, 1967),
+        from above.
+        """
+        throughput, blocks = self.bound, np.ones(self.num_blocks, np.bool_)
+        while True:
+            gaps = _best_gaps(self._within, throughput)
+            lower = float(self._limit(gaps.idle[-1], gaps.outside[-1]))
+            if lower >= throughput * (1 - ROUNDING):
+                return Tight(throughput, blocks)
+            throughput, blocks = lower, gaps.others()
 
-    def edges_with(self, start: int, size: int) -> int:
-        """At how many places spans begin or end if there is one more of them."""
-        return len(self._edges | {start, start + size})
+    def most_with(self, strength: float, size: int, starts: Indices) -> float:
+        """What they would carry with one more server of `size` blocks at the best of `starts`."""
+        throughput = self.bound + strength / self.num_blocks
+        while True:
+            lower = float(self._limits_with(strength, size, starts, throughput).max())
+            if lower >= throughput * (1 - ROUNDING):
+                return throughput
+            throughput = lower
 
-    @cached_property
-    def _edges(self) -> set[int]:
-        return {0, self.num_blocks, *self.starts.tolist(), *self.ends.tolist()}
+    def carries_with(self, strength: float, size: int, starts: Indices, throughput: float) -> Flags:
+        """At which of `starts` one more server of `size` blocks would let them carry `throughput`."""
+        limits = self._limits_with(strength, size, starts, throughput)
+        return np.asarray(limits >= throughput * (1 - ROUNDING), np.bool_)
+
+    def edges_with(self, size: int, starts: Indices) -> Indices:
+        """At how many places spans begin or end if there is one more of them, at each of `starts`."""
+        is_edge = self._is_edge
+        return np.asarray(is_edge.sum() + ~is_edge[starts] + ~is_edge[starts + size], np.int64)
 
     def without(self, index: int) -> "Layout":
         """The same without one server."""
@@ -88,85 +105,90 @@ class Layout:
         starts[index], ends[index] = start, start + self.ends[index] - self.starts[index]
         return Layout(self.num_blocks, starts, ends, self.strengths)
 
+    @cached_property
+    def _is_edge(self) -> Flags:
+        is_edge = np.zeros(self.num_blocks + 1, np.bool_)
+        is_edge[[0, self.num_blocks]] = True
+        is_edge[self.starts] = is_edge[self.ends] = True
+        return is_edge
+
+    @cached_property
     def _within(self) -> Floats:
         """[from, to]: the strength of all servers whose whole span lies in blocks `[from, to)`."""
         at = np.zeros((self.num_blocks + 1, self.num_blocks + 1))
         np.add.at(at, (self.starts, self.ends), self.strengths)
         return at[::-1].cumsum(0)[::-1].cumsum(1)
 
+    def _limits_with(self, strength: float, size: int, starts: Indices, throughput: float) -> Floats:
+        """By where one more server begins, what some set of blocks limits them to.
 
-class _Another(NamedTuple):
-    """One more server, in as many cases as there are `starts`."""
+        That is below `throughput` wherever less is carried: among the sets is the one that lacks most at
+        `throughput`. The other server holds a block of it, or lies in one of its gaps.
+        """
+        before = _best_gaps(self._within, throughput)
+        after = _best_gaps(self._within[::-1, ::-1].T, throughput)  # the same from the last block back
+        held = self._limit(before.idle[-1], before.outside[-1], strength)
+        idle = before.idle[:-1, None] + self._within + after.idle[-2::-1]
+        outside = before.outside[:-1, None] + _lengths(self.num_blocks) + after.outside[-2::-1]
+        in_gap = np.where(_is_gap(self.num_blocks), self._limit(idle, outside), np.inf)
+        around = np.minimum.accumulate(np.minimum.accumulate(in_gap)[:, ::-1], axis=1)[:, ::-1]
+        return np.minimum(held, around[starts, starts + size])
 
-    strength: float
-    size: int
-    starts: Indices
+    def _limit(self, idle: npt.ArrayLike, outside: npt.ArrayLike, more: float = 0.0) -> Floats:
+        """What the blocks around some gaps limit the throughput to: the strength on them by their number."""
+        total = self._within[0, -1] + more
+        strength = total - np.asarray(idle)
+        others = np.maximum(self.num_blocks - np.asarray(outside), 1)
+        return np.where(strength > ROUNDING * total, strength, 0.0) / others
 
 
-def _tightest(within: Floats, bound: float, another: _Another | None) -> tuple[Floats, Flags]:
-    """In each case the throughput, and the blocks that limit it: arrays [cases] and [cases, blocks].
+class _Gaps(NamedTuple):
+    """Gaps in which servers have most to give beyond a throughput, at least a block apart.
 
-    By the max-flow min-cut theorem it is the least, over all sets of blocks, of the strength that holds any
-    of them by their number. Those who hold none of a set lie in the gaps between its blocks, so a set is
-    found by its gaps, in one pass over the blocks (`_gaps`); the ratio is minimised by Dinkelbach's method
-    (Management Science 13, 1967), from above.
+    By where the last of them ends at the latest, from one before block 0 on: their `idle` strength and how
+    many blocks are `outside`, [blocks + 2]; and by where it ends, where it `begins`, or -1, [blocks + 1].
     """
-    num_blocks = len(within) - 1
-    cases = 1 if another is None else len(another.starts)
-    total = within[0, -1] + (0.0 if another is None else another.strength)
-    throughput, blocks = np.full(cases, bound), np.ones((cases, num_blocks), np.bool_)
-    open_cases = np.arange(cases)
-    while len(open_cases):
-        some = None if another is None else another._replace(starts=another.starts[open_cases])
-        idle, outside, gaps = _gaps(within, throughput[open_cases], some)
-        lower = np.maximum(total - idle, 0.0) / (num_blocks - outside)
-        is_lower = lower < throughput[open_cases] * (1 - ROUNDING)
-        open_cases = open_cases[is_lower]
-        throughput[open_cases] = lower[is_lower]
-        blocks[open_cases] = ~gaps[is_lower]
-    return throughput, blocks
 
+    idle: Floats
+    outside: Indices
+    begins: Indices
 
-def _gaps(within: Floats, throughput: Floats, another: _Another | None) -> tuple[Floats, Indices, Flags]:
-    """In each case the gaps in which servers have most to give beyond `throughput`, at least a block apart.
-
-    Returns the strength in them, their blocks' number, and which they are: [cases], [cases], [cases, blocks].
-    """
-    cases, num_blocks = len(throughput), len(within) - 1
-    best = np.zeros((cases, num_blocks + 2))  # by where the last gap ends at the latest, from one before 0 on
-    begins = np.full((cases, num_blocks + 1), -1)
-    for end in range(1, num_blocks + 1):
-        froms = np.arange(int(end == num_blocks), end)  # not all blocks are a gap
-        strength = within[froms, end]
-        given = best[:, froms] + strength - throughput[:, None] * (end - froms)
-        if another is not None:
-            given += another.strength * (
-                (froms <= another.starts[:, None]) & (another.starts[:, None] + another.size <= end)
-            )
-        best[:, end + 1] = np.maximum(best[:, end], given.max(1, initial=0.0))
-        is_better = best[:, end + 1] > best[:, end]
-        if is_better.any():
-            begins[is_better, end] = froms[given[is_better].argmax(1)]
-    return _traced(within, begins, another)
-
-
-def _traced(within: Floats, begins: Indices, another: _Another | None) -> tuple[Floats, Indices, Flags]:
-    """The gaps that `begins`, [cases, ends], leads to from the last block back."""
-    cases, num_blocks = len(begins), len(within) - 1
-    idle, outside = np.zeros(cases), np.zeros(cases, np.int64)
-    gaps = np.zeros((cases, num_blocks), np.bool_)
-    for case in range(cases):
-        end = num_blocks
+    def others(self) -> Flags:
+        """The blocks between all gaps."""
+        blocks = np.ones(len(self.begins) - 1, np.bool_)
+        end = len(blocks)
         while end > 0:
-            begin = int(begins[case, end])
-            if begin < 0:
-                end -= 1
-                continue
-            idle[case] += within[begin, end]
-            if another is not None:
-                start = another.starts[case]
-                idle[case] += another.strength * (begin <= start and start + another.size <= end)
-            outside[case] += end - begin
-            gaps[case, begin:end] = True
-            end = begin - 1
-    return idle, outside, gaps
+            begin = int(self.begins[end])
+            if begin >= 0:
+                blocks[begin:end] = False
+            end = (begin if begin >= 0 else end) - 1
+        return blocks
+
+
+def _best_gaps(within: Floats, throughput: float) -> _Gaps:
+    num_blocks = len(within) - 1
+    gains = np.where(_is_gap(num_blocks), within - throughput * _lengths(num_blocks), -np.inf)
+    best, idle = np.zeros(num_blocks + 2), np.zeros(num_blocks + 2)
+    outside, begins = np.zeros(num_blocks + 2, np.int64), np.full(num_blocks + 1, -1)
+    for end in np.flatnonzero((gains > 0).any(0)).tolist():
+        given = best[:end] + gains[:end, end]
+        begin = int(given.argmax())
+        if given[begin] > best[end]:
+            best[end + 1 :] = given[begin]
+            idle[end + 1 :] = idle[begin] + within[begin, end]
+            outside[end + 1 :] = outside[begin] + end - begin
+            begins[end] = begin
+    return _Gaps(idle, outside, begins)
+
+
+@cache
+def _lengths(num_blocks: int) -> Indices:
+    """[from, to]: how many blocks lie between."""
+    at = np.arange(num_blocks + 1)
+    return at - at[:, None]
+
+
+@cache
+def _is_gap(num_blocks: int) -> Flags:
+    """[from, to]: whether these blocks can be a gap; all of them cannot."""
+    return (_lengths(num_blocks) > 0) & (_lengths(num_blocks) < num_blocks)

@@ -81,7 +81,7 @@ class State(NamedTuple):
 
 def state(holders: Sequence[Holder], num_blocks: int) -> State:
     """What all holders carry together."""
-    layout = _layout(holders, _strengths(holders), num_blocks)
+    layout = _Claims.of(holders).layout(num_blocks)
     missing = int((layout.held == 0).sum())
     return State(missing, 0.0 if missing else layout.tight().throughput)
 
@@ -93,22 +93,23 @@ def choose(holders: Sequence[Holder], num_blocks: int, newcomer: Holder) -> Span
     them; else where the swarm then carries most, where blocks are thinnest, and where other spans begin and
     end. The rest is drawn by the newcomer's name, so that many who come to an empty swarm at once spread.
     """
+    return _choose(_Claims.of(holders), num_blocks, newcomer)
+
+
+def _choose(claims: "_Claims", num_blocks: int, newcomer: Holder) -> Span:
     size = min(newcomer.span.size, num_blocks)
-    *strengths, strength = _strengths([*holders, newcomer])
-    layout = _layout(holders, strengths, num_blocks)
+    layout, strength = claims.layout_and(num_blocks, newcomer.strength)
     is_hole = layout.held == 0
     uncovered = is_hole.sum() - _sums(is_hole, size)
     starts = np.flatnonzero(uncovered == uncovered.min())
     if uncovered.min():
-        costs = [_pieces(is_hole, start, size) for start in starts.tolist()]
+        costs = np.array([_pieces(is_hole, start, size) for start in starts.tolist()])
     else:
-        starts = starts[_is_most(layout.throughputs_with(strength, size, starts), EQUAL)]
+        starts = starts[_is_most_with(layout, strength, size, starts)]
         starts = starts[_is_most(_relief(layout.even, strength / size, size)[starts], SIMILAR)]
-        costs = [layout.edges_with(start, size) for start in starts.tolist()]
-    ranked = zip(
-        costs, (lot(newcomer.peer, start) for start in starts.tolist()), starts.tolist(), strict=True
-    )
-    start = min(ranked)[-1]
+        costs = layout.edges_with(size, starts)
+    best = starts[costs == costs.min()].tolist()
+    start = min(best, key=lambda start: (lot(newcomer.peer, start), start))
     return Span(start, start + size)
 
 
@@ -126,10 +127,12 @@ def settled(
 
     They are taken in the order that their names draw, as each of them does.
     """
-    found = list(holders)
+    found, claims = list(holders), _Claims.of(holders)
     for other in in_turn(undecided):
         if turn(other.peer) < turn(peer):
-            found.append(replace(other, span=choose(found, num_blocks, other), serves=False))
+            span = _choose(claims, num_blocks, other)
+            claims = claims.and_one(span, other.strength)
+            found.append(replace(other, span=span, serves=False))
     return found
 
 
@@ -140,7 +143,7 @@ def plan(holders: Sequence[Holder], num_blocks: int) -> tuple[Move, ...]:
     a server leaves is held by others who serve it and stay.
     """
     holders = in_turn(holders)
-    layout = _layout(holders, _strengths(holders), num_blocks)
+    layout = _Claims.of(holders).layout(num_blocks)
     if (layout.held == 0).any():
         return tuple(_fill(holders, layout))
     return _improve(holders, layout)
@@ -168,16 +171,39 @@ def lot(*parts: object) -> float:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=6).digest(), "big") / 2**48
 
 
-def _layout(holders: Sequence[Holder], strengths: Sequence[float], num_blocks: int) -> Layout:
-    spans = np.array([one.span for one in holders], np.int64).reshape(-1, 2)
-    return Layout(num_blocks, spans[:, 0], spans[:, 1], np.array(strengths, np.float64))
+class _Claims(NamedTuple):
+    """Where servers are, and how strong they say that they are, by number."""
+
+    starts: Indices
+    ends: Indices
+    strengths: Floats
+
+    @classmethod
+    def of(cls, holders: Sequence[Holder]) -> "_Claims":
+        starts, ends = np.array([one.span for one in holders], np.int64).reshape(-1, 2).T
+        return cls(starts, ends, np.array([one.strength for one in holders], np.float64))
+
+    def and_one(self, span: Span, strength: float) -> "_Claims":
+        return _Claims(
+            np.append(self.starts, span.start),
+            np.append(self.ends, span.end),
+            np.append(self.strengths, strength),
+        )
+
+    def layout(self, num_blocks: int) -> Layout:
+        return Layout(num_blocks, self.starts, self.ends, _believed(self.strengths))
+
+    def layout_and(self, num_blocks: int, strength: float) -> tuple[Layout, float]:
+        """The same where there is another one besides, and how strong that is taken to be."""
+        believed = _believed(np.append(self.strengths, strength))
+        return Layout(num_blocks, self.starts, self.ends, believed[:-1]), float(believed[-1])
 
 
-def _strengths(holders: Sequence[Holder]) -> list[float]:
+def _believed(strengths: Floats) -> Floats:
     """What each is taken to compute: who does not know counts as the one in the middle."""
-    known = [one.strength for one in holders if one.strength > 0]
-    middle = float(np.median(known)) if known else 1.0
-    return [min(one.strength, STRONGEST * middle) if one.strength > 0 else middle for one in holders]
+    known = strengths[strengths > 0]
+    middle = float(np.median(known)) if known.size else 1.0
+    return np.where(strengths > 0, np.minimum(strengths, STRONGEST * middle), middle)
 
 
 def _sums(values: Floats | Indices | Flags, size: int) -> Floats | Indices:
@@ -188,6 +214,16 @@ def _sums(values: Floats | Indices | Flags, size: int) -> Floats | Indices:
 
 def _is_most(values: Floats, tolerance: float) -> Flags:
     return values >= values.max() * (1 - tolerance)
+
+
+def _is_most_with(layout: Layout, strength: float, size: int, starts: Indices) -> Flags:
+    """At which of `starts` one more server lets the swarm carry as much as at the best of them."""
+    highest = layout.bound + strength / layout.num_blocks
+    nearly = layout.carries_with(strength, size, starts, highest * (1 - EQUAL))
+    if nearly.all():
+        return nearly
+    most = layout.most_with(strength, size, starts)
+    return layout.carries_with(strength, size, starts, most * (1 - EQUAL))
 
 
 def _pieces(is_hole: Flags, start: int, size: int) -> int:
@@ -225,9 +261,10 @@ def _improve(holders: Sequence[Holder], layout: Layout) -> tuple[Move, ...]:
         if may_move and not now.blocks[held].any():
             places.append((index, np.flatnonzero(_sums(now.blocks, one.span.size))))
     best = _best(holders, layout, places)
-    if best is None or best.carried < now.throughput * (1 + MIN_GAIN):
+    if best is None:
         return ()
-    return (Move(holders[best.holder].peer, best.span, best.carried / now.throughput),)
+    gain = layout.moved(best.holder, best.span.start).tight().throughput / now.throughput
+    return (Move(holders[best.holder].peer, best.span, gain),) if gain >= 1 + MIN_GAIN else ()
 
 
 def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:
@@ -247,35 +284,35 @@ def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:
 
 
 class _Place(NamedTuple):
-    """Somewhere else for a server: what the swarm then carries, and how long tokens take."""
+    """Somewhere else for a server: how long tokens then take, and at how many places spans begin or end."""
 
     holder: int
     span: Span
-    carried: float
     seconds: float
+    edges: int
 
 
 def _best(holders: Sequence[Holder], layout: Layout, places: Sequence[tuple[int, Indices]]) -> _Place | None:
     """The best of some `places`, each a server and the starts that it could move to."""
-    found: list[_Place] = []
-    for index, starts in sorted(places, key=lambda place: -layout.strengths[place[0]])[:MOST_MOVERS]:
-        rest, size, strength = layout.without(index), holders[index].span.size, float(layout.strengths[index])
-        carried = rest.throughputs_with(strength, size, starts)
-        seconds = _seconds(rest.even).sum() - _relief(rest.even, strength / size, size)[starts]
-        spans = (Span(start, start + size) for start in starts.tolist())
-        found += map(_Place, [index] * len(starts), spans, carried.tolist(), seconds.tolist())
-    if not found:
+    movers = sorted(places, key=lambda place: -layout.strengths[place[0]])[:MOST_MOVERS]
+    if not movers:
         return None
-    most = max(place.carried for place in found) * (1 - EQUAL)
-    found = [place for place in found if place.carried >= most]
+    tried = [
+        (index, layout.without(index), float(layout.strengths[index]), holders[index].span.size, starts)
+        for index, starts in movers
+    ]
+    most = max(rest.most_with(strength, size, starts) for _, rest, strength, size, starts in tried)
+    found: list[_Place] = []
+    for index, rest, strength, size, starts in tried:
+        good = starts[rest.carries_with(strength, size, starts, most * (1 - EQUAL))]
+        seconds = _seconds(rest.even).sum() - _relief(rest.even, strength / size, size)[good]
+        spans = (Span(start, start + size) for start in good.tolist())
+        edges = layout.edges_with(size, good)
+        found += map(_Place, [index] * len(good), spans, seconds.tolist(), edges.tolist())
     least = min(place.seconds for place in found) * (1 + EQUAL)
-    found = [place for place in found if place.seconds <= least]
     return min(
-        found,
-        key=lambda place: (
-            layout.edges_with(place.span.start, place.span.size),
-            lot(holders[place.holder].peer, place.span.start),
-        ),
+        (place for place in found if place.seconds <= least),
+        key=lambda place: (place.edges, lot(holders[place.holder].peer, place.span.start)),
     )
 
 
@@ -342,8 +379,7 @@ def _start_over(layout: Layout, serving: Indices, index: int, blocks: Indices) -
 
 def _serving(holders: Sequence[Holder], layout: Layout) -> Indices:
     """How many servers serve each block and stay."""
-    spans = [one.span for one in holders if one.serves]
-    return _layout([one for one in holders if one.serves], [1.0] * len(spans), layout.num_blocks).held
+    return _Claims.of([one for one in holders if one.serves]).layout(layout.num_blocks).held
 
 
 def _moved(serving: Indices, layout: Layout, index: int, to: Span) -> Indices:

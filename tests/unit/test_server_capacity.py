@@ -27,6 +27,15 @@ def layout(num_blocks: int, spans: list[list[int]], strengths: list[float]) -> L
     return Layout(num_blocks, starts, ends, np.array(strengths, np.float64))
 
 
+def with_one(layout: Layout, start: int, size: int, strength: float) -> Layout:
+    return Layout(
+        layout.num_blocks,
+        np.append(layout.starts, start),
+        np.append(layout.ends, start + size),
+        np.append(layout.strengths, strength),
+    )
+
+
 def least_over_sets(layout: Layout) -> float:
     """The strength that holds any of a set of blocks, by their number: the least over all sets."""
     blocks = range(layout.num_blocks)
@@ -47,18 +56,27 @@ def test_the_throughput_is_limited_by_the_weakest_set_of_blocks(layout: Layout) 
     assert strength_on(layout, limiting) / len(limiting) == pytest.approx(tight.throughput, abs=1e-9)
 
 
-@given(layouts(), st.integers(1, MOST_BLOCKS), st.floats(0.5, 50.0))
-def test_one_more_server_is_counted_as_if_it_were_there(layout: Layout, size: int, strength: float) -> None:
+@given(layouts(), st.integers(1, MOST_BLOCKS), st.floats(0.5, 50.0), st.floats(0.0, 2.0))
+def test_one_more_server_is_counted_as_if_it_were_there(
+    layout: Layout, size: int, strength: float, share: float
+) -> None:
     size = min(size, layout.num_blocks)
     starts = np.arange(layout.num_blocks - size + 1)
-    for start, found in zip(starts, layout.throughputs_with(strength, size, starts), strict=True):
-        more = Layout(
-            layout.num_blocks,
-            np.append(layout.starts, start),
-            np.append(layout.ends, start + size),
-            np.append(layout.strengths, strength),
-        )
-        assert found == pytest.approx(more.tight().throughput, rel=1e-6, abs=1e-9)
+    carried = [with_one(layout, start, size, strength).tight().throughput for start in starts]
+    most = layout.most_with(strength, size, starts)
+    assert most == pytest.approx(max(carried), rel=1e-6, abs=1e-9)
+    wanted = share * most
+    for start, enough in zip(carried, layout.carries_with(strength, size, starts, wanted), strict=True):
+        assert enough == (start >= wanted) or start == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+@given(layouts(), st.integers(1, MOST_BLOCKS))
+def test_one_more_span_may_begin_or_end_where_others_do(layout: Layout, size: int) -> None:
+    size = min(size, layout.num_blocks)
+    starts = np.arange(layout.num_blocks - size + 1)
+    for start, edges in zip(starts, layout.edges_with(size, starts), strict=True):
+        more = with_one(layout, start, size, 1.0)
+        assert edges == len({0, layout.num_blocks, *more.starts.tolist(), *more.ends.tolist()})
 
 
 @given(layouts())

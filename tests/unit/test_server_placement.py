@@ -14,11 +14,14 @@ from swarm.server.capacity import Layout
 from swarm.server.placement import (
     EQUAL,
     MIN_GAIN,
+    SIMILAR,
+    STRONGEST,
     Holder,
     Move,
     choose,
     choose_in_turn,
     in_turn,
+    lot,
     may_leave,
     plan,
 )
@@ -92,6 +95,32 @@ def test_a_newcomer_to_a_whole_swarm_goes_where_most_is_carried(holders: list[Ho
         carried([*holders, replace(one, span=span_at(start, size))]) for start in range(BLOCKS - size + 1)
     )
     assert found >= best * (1 - EQUAL) - 1e-9
+
+
+@given(swarms(), st.integers(1, BLOCKS))
+def test_a_newcomer_goes_where_the_plain_form_of_the_rule_sends_it(holders: list[Holder], size: int) -> None:
+    """One place after the other, by what the swarm then carries, how thin blocks are, and where spans end."""
+    holders = [replace(one, strength=one.strength or 3.0) for one in holders]
+    holders.append(Holder("whole", Span(0, BLOCKS), 3.0))
+    one = newcomer(size)
+    middle = float(np.median([other.strength for other in [*holders, one]]))
+    believed = [replace(other, strength=min(other.strength, STRONGEST * middle)) for other in holders]
+    ways = [replace(one, span=span_at(start, size)) for start in range(BLOCKS - size + 1)]
+    amounts = [carried([*believed, way]) for way in ways]
+    ways = [way for way, amount in zip(ways, amounts, strict=True) if amount >= max(amounts) * (1 - EQUAL)]
+    saved = [seconds(believed) - seconds([*believed, way]) for way in ways]
+    ways = [way for way, each in zip(ways, saved, strict=True) if each >= max(saved) * (1 - SIMILAR)]
+    edges = [len({edge for other in [*holders, way] for edge in other.span}) for way in ways]
+    ways = [way for way, each in zip(ways, edges, strict=True) if each == min(edges)]
+    assert choose(holders, BLOCKS, one) == min(ways, key=lambda way: lot(one.peer, way.span.start)).span
+
+
+def seconds(holders: Sequence[Holder]) -> float:
+    """What a token takes in all blocks, if all holders share themselves out evenly."""
+    return sum(
+        1 / sum(one.strength / one.span.size for one in holders if block in one.span.blocks)
+        for block in range(BLOCKS)
+    )
 
 
 @given(swarms(), st.randoms(use_true_random=False))
