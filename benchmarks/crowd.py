@@ -46,6 +46,17 @@ class Place:
     goes_to: Span | None = None
     rests_until: float = 0.0
     wished_since: float | None = None
+    shown: Holder | None = None
+
+    def holder(self, now: float) -> Holder:
+        """The server as a directory shows it."""
+        may_move = self.serves == self.span and self.goes_to is None
+        span, may_improve = self.goes_to or self.span, may_move and now >= self.rests_until
+        one = self.shown
+        if one is None or (one.span, one.serves, one.may_improve) != (span, may_move, may_improve):
+            one = Holder(self.member.name, span, self.member.strength, may_move, may_move, may_improve)
+            self.shown = one
+        return one
 
 
 @dataclass
@@ -76,6 +87,8 @@ class Crowd:
         self.num_blocks = num_blocks
         self.counted = Counted()
         self.alive: dict[str, Place] = {}
+        self.whole: list[tuple[Span, float]] = []
+        """What was served when all blocks were, of late, and how strong those were who did."""
         self._rng = random.Random(seed)
         self._coming = deque(members)
         self._listed: dict[str, Place] = {}
@@ -96,16 +109,6 @@ class Crowd:
             self._look(now)
             self._count(now)
         return self.counted
-
-    def placed(self) -> list[tuple[Span, float]]:
-        """What is served, and how strong those are who do."""
-        return [(one.serves, one.member.strength) for one in self.alive.values() if one.serves]
-
-    def layout(self) -> Layout:
-        placed = self.placed()
-        spans = np.array([span for span, _ in placed], np.int64).reshape(-1, 2)
-        strengths = np.array([strength for _, strength in placed], np.float64)
-        return Layout(self.num_blocks, spans[:, 0], spans[:, 1], strengths)
 
     def _leave(self, now: float) -> None:
         while self._going and self._going[0][0] <= now:
@@ -204,18 +207,7 @@ class Crowd:
             listed = self._rng.sample(listed, MAX_PEERS)
             if mine is not None and self.alive[mine] not in listed:
                 listed = [*listed, self.alive[mine]]
-        return [self._holder(one, now) for one in listed]
-
-    def _holder(self, one: Place, now: float) -> Holder:
-        serves = one.serves == one.span
-        return Holder(
-            one.member.name,
-            one.goes_to or one.span,
-            one.member.strength,
-            serves=serves and one.goes_to is None,
-            may_fill=serves and one.goes_to is None,
-            may_improve=serves and one.goes_to is None and now >= one.rests_until,
-        )
+        return [one.holder(now) for one in listed]
 
     def _serve(self, place: Place, span: Span | None) -> None:
         self._hold(place.serves, -1)
@@ -239,5 +231,12 @@ class Crowd:
             counted.unavoidable += sum(one.member.size for one in self.alive.values()) < self.num_blocks
         if now % SAMPLED == 0:
             counted.servers.append(len(self.alive))
-            layout = self.layout()
-            counted.carried.append(layout.tight().throughput / layout.bound if is_whole else 0.0)
+            counted.carried.append(self._carried() if is_whole else 0.0)
+
+    def _carried(self) -> float:
+        """The part that the swarm carries of all strength there."""
+        self.whole = [(one.serves, one.member.strength) for one in self.alive.values() if one.serves]
+        spans = np.array([span for span, _ in self.whole], np.int64)
+        strengths = np.array([strength for _, strength in self.whole], np.float64)
+        layout = Layout(self.num_blocks, spans[:, 0], spans[:, 1], strengths)
+        return layout.tight().throughput / layout.bound

@@ -40,6 +40,9 @@ PARTS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "dht": simulated_parts.dht,
 }
 
+PROCESSOR_TIMES = {"placing_ms", "planning_ms", "routing", "processor_s"}
+"""The figures that are others in each run."""
+
 
 def numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(int(number) for number in text.split(",")))
@@ -52,6 +55,11 @@ def parts(text: str) -> list[str]:
     return chosen
 
 
+def size(row: Row) -> tuple[Any, ...]:
+    """What a row is of: no part has two of the same."""
+    return tuple(row[name] for name in ("servers", "peers", "records") if name in row)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,7 +69,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a taste of all, with ten servers")
     parser.add_argument("--parts", type=parts, default=list(PARTS), help="default: all")
-    parser.add_argument("--json", type=Path, help="also write the figures here; parts not run are kept")
+    parser.add_argument(
+        "--json", type=Path, help="also write the figures here; parts and sizes not run are kept"
+    )
     parser.add_argument("--plots", type=Path, help="also draw them into this folder")
     args = parser.parse_args()
     scale = Scale(args.servers, args.hours, args.seed)
@@ -74,10 +84,10 @@ def main() -> int:
         result = json.loads(args.json.read_text())
     result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "seed": args.seed}
     for part in args.parts:
-        result[part] = []
         for row in PARTS[part](scale):
-            result[part].append(row)
-            print(f"{part}: {len(result[part])} done", file=sys.stderr, flush=True)
+            others = [one for one in result.get(part, []) if size(one) != size(row)]
+            result[part] = sorted([*others, row], key=size)
+            print(f"{part}: {' '.join(map(str, size(row)))} done", file=sys.stderr, flush=True)
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(result, indent=1) + "\n")

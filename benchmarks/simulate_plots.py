@@ -134,6 +134,7 @@ def _size(dht: Sequence[dict[str, Any]], crowd: Sequence[dict[str, Any]]) -> plt
     middle.set_ylim(bottom=0)
     middle.legend(loc="lower right")
     middle.set_title("Seconds that the DHT takes")
+    crowd = [row for row in crowd if row["routing"]]
     servers = [row["servers"] for row in crowd]
     for name, values, colour in (
         ("finding a route", [row["routing"]["known_ms"] for row in crowd], COLOURS[0]),

@@ -120,8 +120,8 @@ CROWD: list[Column] = [
     ("carried of what is there", _percent("carried")),
     ("choosing (ms)", _number("placing_ms", ".1f")),
     ("planning (ms)", _number("planning_ms", ".1f")),
-    ("route (ms)", lambda row: f"{row['routing']['known_ms']:.1f}"),
-    ("after news (ms)", lambda row: f"{row['routing']['new_ms']:.1f}"),
+    ("route (ms)", lambda row: f"{row['routing']['known_ms']:.1f}" if row["routing"] else "-"),
+    ("after news (ms)", lambda row: f"{row['routing']['new_ms']:.1f}" if row["routing"] else "-"),
 ]
 TRAFFIC: list[Column] = [
     *SIZE,

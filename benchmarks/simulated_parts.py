@@ -63,11 +63,11 @@ class Scale:
 
 
 def blocks_of(servers: int) -> int:
-    """A larger swarm runs a deeper model, but for the largest, to compute which takes too long otherwise."""
-    for most, blocks in ((10, 30), (100, 60), (1000, 126)):
+    """A larger swarm runs a deeper model."""
+    for most, blocks in ((10, 30), (100, 60)):
         if servers <= most:
             return blocks
-    return 80
+    return 126
 
 
 def optimum(scale: Scale) -> Iterator[Row]:
@@ -138,7 +138,8 @@ def _whole(scale: Scale, count: int, records: Records) -> Row:
             await asyncio.sleep(SETTLED)
             row["covered_s"] = swarm.coverage.covered_at
             loads = scale.loads if count <= DHT_MOST else scale.loads[::2]
-            row["loads"] = [await swarm.loaded(load) for load in loads]
+            if swarm.coverage.covered_at is not None:
+                row["loads"] = [await swarm.loaded(load) for load in loads]
 
     async def in_churn() -> None:
         some = members(np.random.default_rng(scale.seed), count, num_blocks, 60 * minutes)
@@ -184,7 +185,7 @@ def crowd(scale: Scale) -> Iterator[Row]:
         some = members(np.random.default_rng(scale.seed), count, num_blocks, seconds)
         simulated = Crowd(some, num_blocks, scale.seed)
         seen = simulated.run(seconds)
-        settled = town(simulated.placed(), num_blocks, scale.seed)
+        settled = town(simulated.whole, num_blocks, scale.seed) if simulated.whole else None
         yield {
             "servers": count,
             "blocks": num_blocks,
@@ -199,8 +200,8 @@ def crowd(scale: Scale) -> Iterator[Row]:
             "carried": fmean(seen.carried) if seen.carried else 0.0,
             "placing_ms": median(seen.placing),
             "planning_ms": median(seen.planning),
-            "routing": routing(settled),
-            "loads": [row for load in scale.loads if (row := traffic(settled, load, scale.seed))],
+            "routing": routing(settled) if settled else None,
+            "loads": [row for load in scale.loads if settled and (row := traffic(settled, load, scale.seed))],
             "processor_s": process_time() - began,
         }
 

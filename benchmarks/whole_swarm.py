@@ -28,6 +28,7 @@ from benchmarks.simulated_engine import HIDDEN, SimulatedEngine
 from benchmarks.world import World
 from swarm.client.costs import PREFILL_GAIN
 from swarm.client.facade import Swarm
+from swarm.client.options import SessionOptions
 from swarm.dht.announcement import ModelEntry, PeerState
 from swarm.dht.joining import Network
 from swarm.dht.kademlia import KademliaStore
@@ -243,7 +244,15 @@ class WholeSwarm:
             transport = await stack.enter_async_context(self._network.transport(identity))
             store, _ = await self._store(identity.peer, is_client=True)
             stack.push_async_callback(store.close)
-            client = Swarm(transport, store, model, cast(Any, None), secret=b"0" * 32, timeout=PATIENCE)
+            client = Swarm(
+                transport,
+                store,
+                model,
+                cast(Any, None),
+                secret=b"0" * 32,
+                timeout=PATIENCE,
+                sessions=SessionOptions(audit_rate=0.0),  # zeros tell nothing
+            )
             self.clients.append(await stack.enter_async_context(client))
 
     async def talk(self, client: Swarm, answers: Answers) -> None:

@@ -180,7 +180,8 @@ class _Claims(NamedTuple):
 
     @classmethod
     def of(cls, holders: Sequence[Holder]) -> "_Claims":
-        starts, ends = np.array([one.span for one in holders], np.int64).reshape(-1, 2).T
+        edges = np.fromiter((edge for one in holders for edge in one.span), np.int64, 2 * len(holders))
+        starts, ends = edges.reshape(-1, 2).T
         return cls(starts, ends, np.array([one.strength for one in holders], np.float64))
 
     def and_one(self, span: Span, strength: float) -> "_Claims":

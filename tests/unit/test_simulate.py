@@ -7,11 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from benchmarks import simulated_dht, whole_swarm
+from benchmarks import simulated_dht, simulated_parts, whole_swarm
 from benchmarks.allocators import Server, optimum
 from benchmarks.crowd import Counted, Crowd
 from benchmarks.population import MEAN_STAY, STRONGEST, WEAKEST, Member, members
+from benchmarks.simulate import PARTS, PROCESSOR_TIMES, size
 from benchmarks.simulate_report import growth
+from benchmarks.simulated_parts import Row, Scale
 from benchmarks.simulated_traffic import routing, town, traffic, waiting
 from benchmarks.whole_swarm import Answers
 from benchmarks.world import DETOUR, EARTH_RADIUS, FIBRE, World, on_sphere
@@ -179,3 +181,28 @@ def test_the_dht_is_asked_more_where_more_blocks_are_announced(monkeypatch: pyte
     few, many = simulated_dht.measure(12, 4, 1), simulated_dht.measure(12, 16, 1)
     assert 0 < few["calls_a_second"] < many["calls_a_second"]
     assert 0.01 < few["reading_s"] < 3
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_same_seed_gives_the_same_figures(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where, name, value in (
+        (simulated_parts, "SMALL", ((4, 5),)),
+        (simulated_parts, "SETTLED", 70.0),
+        (simulated_parts, "blocks_of", lambda servers: 4),
+        (simulated_parts, "DHT_MOST", 0),
+        (simulated_parts, "DHT_BLOCKS", 4),
+        (simulated_dht, "ACTING", 2),
+        (simulated_dht, "MEASURED", 20.0),
+        (whole_swarm, "CLIENTS", 2),
+        (whole_swarm, "WINDOW", 20.0),
+        (whole_swarm, "MEASURED", 10.0),
+    ):
+        monkeypatch.setattr(where, name, value)
+    scale = Scale((6,), hours=1 / 40, seed=1, small=1, whole_minutes=10.0, loads=(0.1,))
+    first, again = ([told(row) for row in PARTS[part](scale)] for _ in range(2))
+    assert first == again
+    assert len({size(row) for row in first}) == len(first) > 0
+
+
+def told(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in PROCESSOR_TIMES}
