@@ -50,7 +50,7 @@ TALK_PERIOD = 15.0
 class Scale:
     """How much is simulated: `small` swarms of each size, and so many `hours` of others.
 
-    Of the whole stack these are cut to `whole_minutes`, and of crowds to `crowd_seconds`, of all servers.
+    Of the whole stack these are cut to `whole_minutes` of all servers.
     """
 
     servers: tuple[int, ...]
@@ -58,7 +58,6 @@ class Scale:
     seed: int
     small: int = 12
     whole_minutes: float = 400.0
-    crowd_seconds: float = 3.6e6
     loads: tuple[float, ...] = LOADS
 
 
@@ -181,7 +180,7 @@ async def _watched(swarm: WholeSwarm, seconds: float) -> Row:
 def crowd(scale: Scale) -> Iterator[Row]:
     for count in scale.servers:
         began, num_blocks = process_time(), blocks_of(count)
-        seconds = int(min(3600 * scale.hours, max(scale.crowd_seconds / count, 300)))
+        seconds = int(3600 * scale.hours)
         some = members(np.random.default_rng(scale.seed), count, num_blocks, seconds)
         simulated = Crowd(some, num_blocks, scale.seed)
         seen = simulated.run(seconds)
