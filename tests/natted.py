@@ -1,15 +1,17 @@
 """A small internet on one machine: public hosts, and hosts behind routers that translate addresses.
 
-Network namespaces joined by a bridge; routers masquerade with nftables and let nothing in that nobody asked
-for. Nothing has a name in the system: it all ends with the processes that hold it. Root alone may, on Linux.
+Network namespaces joined by a bridge; routers masquerade with nftables and drop what nobody asked for. They
+keep ports as they are, but for those that choose another one for each connection (symmetric NAT). Nothing has
+a name in the system: it all ends with the processes that hold it. Root alone may, on Linux.
 """
 
 import asyncio
 import ctypes
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 CLONE_NEWNET = 0x40000000
@@ -23,9 +25,19 @@ class Internet:
     """`hosts` by their names. `internet` makes it."""
 
     def __init__(self, holders: dict[str, int], addresses: dict[str, str]):
-        """`holders` are open descriptors of the hosts' network namespaces."""
+        """`holders` are open descriptors of the network namespaces of hosts and routers."""
         self._holders = holders
         self.addresses = addresses
+
+    def bytes_sent(self, hidden: str, to: str) -> int:
+        """How many bytes the host `hidden` has sent straight to another, or to that one's router."""
+        address = self.addresses.get(f"router of {to}", self.addresses[to])
+        with self.at(f"router of {hidden}"):
+            command = ["nft", "list", "chain", "ip", "wall", "count"]
+            listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = re.search(rf"daddr {re.escape(address)} counter packets \d+ bytes (\d+)", listed)
+        assert found is not None
+        return int(found[1])
 
     @contextmanager
     def at(self, host: str) -> Iterator[None]:
@@ -42,8 +54,12 @@ class Internet:
 
 
 @contextmanager
-def internet(public: Sequence[str], hidden: Sequence[str]) -> Iterator[Internet]:
+def internet(
+    public: Sequence[str], hidden: Sequence[str], symmetric: Collection[str] = ()
+) -> Iterator[Internet]:
     """Hosts with addresses of the internet, and `hidden` ones, each behind a router of its own.
+
+    The routers of those in `symmetric` choose another port for each connection.
 
     Raises:
         NotAllowed: there can be none on this machine.
@@ -54,11 +70,11 @@ def internet(public: Sequence[str], hidden: Sequence[str]) -> Iterator[Internet]
         routers = {f"router of {name}": name for name in hidden}
         pids = {name: _holder(stack) for name in ("bridge", *public, *routers, *hidden)}
         try:
-            addresses = _wire(pids, public, routers)
+            addresses = _wire(pids, public, routers, symmetric)
         except subprocess.CalledProcessError as error:
             raise NotAllowed(error.stderr.decode().strip() or str(error)) from error
         holders = {}
-        for name in (*public, *hidden):
+        for name in (*public, *routers, *hidden):
             holders[name] = os.open(f"/proc/{pids[name]}/ns/net", os.O_RDONLY)
             stack.callback(os.close, holders[name])
         yield Internet(holders, addresses)
@@ -76,7 +92,9 @@ def _holder(stack: ExitStack) -> int:
     return process.pid
 
 
-def _wire(pids: dict[str, int], public: Sequence[str], routers: dict[str, str]) -> dict[str, str]:
+def _wire(
+    pids: dict[str, int], public: Sequence[str], routers: dict[str, str], symmetric: Collection[str]
+) -> dict[str, str]:
     """Join the namespaces; the addresses that hosts have."""
 
     def run(name: str, *commands: str) -> None:
@@ -94,6 +112,7 @@ def _wire(pids: dict[str, int], public: Sequence[str], routers: dict[str, str]) 
             f"ip link set port{number} master br0 up",
         )
         run(name, "ip link set lo up", f"ip addr add {addresses[name]}/8 dev wan", "ip link set wan up")
+    outer = tuple(addresses.values())
     for number, (router, name) in enumerate(routers.items(), 1):
         addresses[name] = f"10.{number}.0.2"
         run(
@@ -104,11 +123,15 @@ def _wire(pids: dict[str, int], public: Sequence[str], routers: dict[str, str]) 
             "echo 1 > /proc/sys/net/ipv4/ip_forward",
             "nft add table ip nat",
             "nft 'add chain ip nat out { type nat hook postrouting priority 100; }'",
-            "nft add rule ip nat out oifname wan masquerade",
+            f"nft add rule ip nat out oifname wan masquerade{' random' * (name in symmetric)}",
             "nft add table ip wall",
             "nft 'add chain ip wall through { type filter hook forward priority 0; policy drop; }'",
             "nft add rule ip wall through ct state established,related accept",
             "nft add rule ip wall through iifname lan accept",
+            "nft 'add chain ip wall in { type filter hook input priority 0; policy drop; }'",
+            "nft add rule ip wall in iifname lan accept",
+            "nft 'add chain ip wall count { type filter hook postrouting priority 0; }'",
+            *(f"nft add rule ip wall count oifname wan ip daddr {one} counter" for one in outer),
         )
         run(
             name,
