@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from swarm.errors import SwarmError
 from swarm.net.calls import MessageStream, ping
+from swarm.net.relaying import is_relayed
 from swarm.net.transport import PeerId, Transport
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class RoundTrips:
                     async with asyncio.timeout(OPEN_TIMEOUT):
                         stream = MessageStream(await self._transport.open_stream(peer, addresses))
                 probe.samples.append(await ping(stream, timeout=PING_TIMEOUT, clock=self._transport.clock))
+                is_through_relay = is_relayed(addresses) and is_relayed([await self._transport.seen_at(peer)])
             except (SwarmError, TimeoutError) as error:
                 if stream is not None:
                     stream.close()
@@ -94,8 +96,11 @@ class RoundTrips:
                     "peer %s could not be pinged, %d times in a row: %r", peer, probe.failures, error
                 )
             else:
-                probe.stream = stream
                 probe.failures = 0
+                if is_through_relay:
+                    stream.close()  # while none is open, the network may find a straight way
+                else:
+                    probe.stream = stream
 
     def _forget(self, peer: PeerId) -> None:
         probe = self._probes.pop(peer)

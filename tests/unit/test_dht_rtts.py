@@ -152,3 +152,20 @@ async def test_a_cancelled_measurement_leaves_nothing_broken(
     await trips.measure({peer: ()})
     await trips.measure({peer: ()})
     assert trips.rtt(peer) == pytest.approx(0.02, rel=0.05)
+
+
+@in_virtual_time
+async def test_no_stream_is_kept_through_a_relay(
+    network: MemoryNetwork, others: Answering, trips: RoundTrips
+) -> None:
+    """So that the network may take a straight way instead once there is one."""
+    (peer,) = await others.start("hidden")
+    relayed = "/ip4/1.1.1.1/tcp/1/p2p/12D3KooWRelay/p2p-circuit"
+    network.places[peer] = relayed
+    for _ in range(3):
+        await trips.measure({peer: [relayed]})
+    assert (trips.failures(peer), others.streams) == (0, 3)
+    network.places[peer] = "/ip4/1.1.1.2/tcp/1"
+    for _ in range(3):
+        await trips.measure({peer: [relayed]})
+    assert others.streams == 4
