@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from swarm.dht.outside import looking_from_outside
 from swarm.dht.reaching import (
     Listening,
+    listening_of_client,
     look_back,
     outer_address,
     relaying_of,
@@ -122,7 +124,11 @@ async def _start(
             better = await _better(network, addresses, listening)
             if better is not None:
                 await starting.aclose()
-                network = await _enter(starting, entrance, addresses, who, *better)
+                listening, relaying = better
+                network = await _enter(starting, entrance, addresses, who, listening, relaying)
+        if relaying.through or (listening is None and relaying.uses):
+            looking = looking_from_outside(network.transport, network.store, addresses)
+            await starting.enter_async_context(looking)
         if entrance.memory is not None:
             await starting.enter_async_context(_remembering(entrance.memory, network.store))
         stack.push_async_exit(starting.pop_all())
@@ -163,11 +169,12 @@ async def _enter(
     relaying: Relaying,
 ) -> Network:
     libp2p, kademlia = await import_network()
+    place = listening or listening_of_client(relaying)
     transport = await libp2p.Libp2pTransport.start(
         who,
         addresses,
-        listening.host_maddrs if listening else (),
-        listening.announce_maddrs if listening else (),
+        place.host_maddrs,
+        place.announce_maddrs,
         routes_for_others=listening is not None,
         relaying=relaying,
         door=entrance.door,

@@ -4,6 +4,7 @@ Decides how a peer deals with relays; says, in one line of the log, why nobody r
 """
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,20 @@ def relaying_of(addresses: Sequence[str], listening: Listening | None, own_ips: 
     if not listening.announce_maddrs and any(ip_of(host) in ("0.0.0.0", "::") for host in hosts):
         hosts += [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/1" for ip in own_ips]
     return Relaying(uses=True, serves=is_public(hosts))
+
+
+def listening_of_client(relaying: Relaying) -> Listening:
+    """Where a client listens: nowhere, unless it goes through relays.
+
+    Servers behind routers may come straight to it then. They are told no address that leads to it, which
+    they would try in vain first, so that their routers come to refuse what the client sends.
+    """
+    if not relaying.uses:
+        return Listening(())
+    with socket.socket() as some:
+        some.bind(("", 0))
+        port = some.getsockname()[1]
+    return Listening((f"/ip4/0.0.0.0/tcp/{port}",), (f"/ip4/127.0.0.1/tcp/{port}",))
 
 
 async def look_back(transport: Transport, addresses: Sequence[str]) -> DialledBack | None:

@@ -21,7 +21,15 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
     read_unsigned_varint,
     write_pbmsg,
 )
-from hivemind.proto.p2pd_pb2 import ConnectRequest, DHTRequest, PeerInfo, Request, Response, StreamOpenRequest
+from hivemind.proto.p2pd_pb2 import (
+    ConnectRequest,
+    DHTRequest,
+    DisconnectRequest,
+    PeerInfo,
+    Request,
+    Response,
+    StreamOpenRequest,
+)
 
 from swarm.net.addresses import Address
 from swarm.net.multiaddrs import encoded, multiaddr, peer_bytes, texts_of
@@ -100,6 +108,12 @@ class Control:
             return str(error) or "no answer"
         writer.close()
         return ""
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Have the daemon end its connections with `peer`."""
+        target = DisconnectRequest(peer=peer_bytes(peer))
+        _, _, writer = await self._ask(Request(type=Request.DISCONNECT, disconnect=target))
+        writer.close()
 
     async def open_stream(self, peer: PeerId, addresses: Sequence[Address], protocol: str) -> Connection:
         """A connection to the daemon that goes on as a stream to `peer`, by these addresses or others.

@@ -22,17 +22,26 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto.p2pd_pb2 import PeerInfo
 from hivemind.utils.logging import use_hivemind_log_handler
 
-from swarm.net.addresses import Address, network_of, parse_address, parse_listen_address, usable_addresses
-from swarm.net.control import Control, unreachable
+from swarm.net.addresses import (
+    Address,
+    is_loopback,
+    network_of,
+    parse_address,
+    parse_listen_address,
+    usable_addresses,
+)
+from swarm.net.control import DIAL_TIMEOUT, Control, unreachable
 from swarm.net.daemon import Daemon, check_can_listen
 from swarm.net.door import Door
 from swarm.net.identity import Identity, is_peer_id
 from swarm.net.inbound import Inbound
 from swarm.net.libp2p_stream import Libp2pStream
 from swarm.net.multiaddrs import end_of, multiaddr, peer_bytes
+from swarm.net.punching import Punching, is_straight
 from swarm.net.relaying import ENOUGH_BYTES, Relaying, is_relayed
+from swarm.net.telling import tell, tellable
 from swarm.net.transport import CONNECT_TIMEOUT, OnStream, PeerId, PeerUnreachable, TransportError
-from swarm.net.wary import permitted
+from swarm.net.wary import is_public, permitted
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +52,9 @@ logging.addLevelName(logging.WARNING, "WARNING")
 
 SETTLE_TIME = 1.0
 """Seconds in which other initial peers may still answer after the first one did."""
+PUNCH_LOOKS = 20
+PUNCH_PERIOD = 0.1
+"""How often, and after how many seconds again, to look whether a straight connection has come."""
 RELAY_ATTEMPTS = 8
 """How often a daemon is started anew that was to relay and does not; every second one does."""
 NO_RELAYS = Relaying()
@@ -63,6 +75,7 @@ class Libp2pTransport:
         self._own: list[str] = []
         self._is_wary = False
         self._through: tuple[str, ...] = ()
+        self._punching: Punching | None = None
         self._failure: TransportError | None = None
         self._has_failed = asyncio.Event()
         self._watch = asyncio.create_task(self._watch_daemon(), name="watch the libp2p daemon")
@@ -113,9 +126,13 @@ class Libp2pTransport:
             await transport.close()
             transport = await cls._started(identity, options, transport.door)
         transport._through = relaying.through
+        transport._punching = Punching() if relaying.punches(listens=bool(host_maddrs)) else None
         try:
             await transport._join(peers)
-            transport._is_wary = routes_for_others and bool(await transport.addresses())
+            own = await transport.addresses()
+            transport._is_wary = routes_for_others and bool(own)
+            if transport._punching is not None and is_public(one for one in own if not is_relayed([one])):
+                transport._punching.on_seen(time.monotonic())
         except BaseException:
             await transport.close()
             raise
@@ -154,8 +171,19 @@ class Libp2pTransport:
         return list(self._own)
 
     async def seen_at(self, peer: PeerId) -> str:
-        own = peer_bytes(peer)
-        return next((end_of(known.addrs) for known in await self._connected() if known.id == own), "")
+        return min(await self._ways_to(peer), key=lambda way: is_relayed([way]), default="")
+
+    async def be_seen_at(self, outer: str) -> None:
+        own = sorted(await self.addresses(), key=is_loopback, reverse=True)
+        seen, listening = tellable(outer), next(filter(None, map(tellable, own)), None)
+        if self._punching is None or seen is None or listening is None:
+            return
+        try:
+            await asyncio.to_thread(tell, listening, seen)
+        except OSError as error:
+            logger.debug("the libp2p daemon does not hear where it is seen: %s", error)
+        else:
+            self._punching.on_seen(time.monotonic())
 
     async def networks(self) -> dict[bytes, str]:
         """The network at the other end of this peer's connection with each other one, by binary peer ids.
@@ -204,8 +232,9 @@ class Libp2pTransport:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 named = usable_addresses(peer, addresses)
-                tried = await permitted(named, self._own) if self._is_wary else named
-                opened = await self._control.open_stream(peer, tried, self.door.protocol)
+                chosen = await permitted(named, self._own) if self._is_wary else named
+                await self._straighten(peer, chosen)
+                opened = await self._control.open_stream(peer, chosen, self.door.protocol)
                 stream = Libp2pStream(peer, *opened, self._streams)
                 await self.door.call_enter(stream, self.peer)
                 return stream
@@ -235,6 +264,11 @@ class Libp2pTransport:
         await self._daemon.stop()
         tasks = (self._watch, self.p2p._listen_task, control._read_task, control._write_task)
         await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+
+    async def _ways_to(self, peer: PeerId) -> list[str]:
+        """The other ends of the connections with `peer`."""
+        own = peer_bytes(peer)
+        return [end_of(known.addrs) for known in await self._connected() if known.id == own]
 
     async def _connected(self) -> Sequence[PeerInfo]:
         """The peers that the daemon has connections with."""
@@ -266,6 +300,34 @@ class Libp2pTransport:
             for task in dialling:
                 task.cancel()
             await asyncio.gather(*dialling, return_exceptions=True)
+
+    async def _straighten(self, peer: PeerId, addresses: Sequence[Address]) -> None:
+        """Let the daemon try for a straight connection with a peer behind relays, where that may succeed.
+
+        It does so when a relayed connection begins; one that carries streams is let be.
+        """
+        if self._punching is None or not is_relayed([address.path for address in addresses]):
+            return
+        ways = await self._ways_to(peer)
+        if any(stream.peer == peer for stream in self._streams):
+            return
+        if not self._punching.is_due(peer, ways, time.monotonic()):
+            return
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT):
+                await self._begin_anew(peer, addresses)
+        except TimeoutError:
+            logger.debug("peer %s does not answer through a relay", peer)
+
+    async def _begin_anew(self, peer: PeerId, addresses: Sequence[Address]) -> None:
+        await self._control.disconnect(peer)
+        if await self._control.connect(peer, addresses):
+            return
+        for _ in range(PUNCH_LOOKS):
+            if is_straight(await self._ways_to(peer)):
+                logger.debug("connected straight with peer %s", peer)
+                return
+            await asyncio.sleep(PUNCH_PERIOD)
 
     async def _on_stream(
         self, source: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

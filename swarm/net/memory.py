@@ -232,6 +232,10 @@ class MemoryTransport:
         self._check_usable()
         return self._network.places.get(peer, "")
 
+    async def be_seen_at(self, outer: str) -> None:
+        self._check_usable()
+        self._network.places[self.peer] = outer
+
     async def bytes_relayed_by(self, peer: PeerId) -> int:
         self._check_usable()
         return self._network.relays.get(peer, 0)

@@ -1,4 +1,4 @@
-"""Whether others can connect to this peer: some of them are asked to try.
+"""Whether others can connect to this peer, and where the internet sees it: some of them are asked.
 
 They dial this machine at the address that its connection with them comes from, and tell yes or no; see the
 server's witness. What follows from it is not known here.
@@ -14,8 +14,10 @@ import psutil
 from swarm.errors import SwarmError
 from swarm.net.addresses import endpoint_of
 from swarm.net.calls import MessageStream
-from swarm.net.messages import DialBack, DialledBack
+from swarm.net.messages import AnyMessage, DialBack, DialledBack, Observe, Observed
+from swarm.net.relaying import is_relayed
 from swarm.net.transport import PeerId, Transport
+from swarm.net.wary import is_public
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +59,31 @@ async def dialled_back(transport: Transport, peers: Sequence[PeerId], port: int)
     return said
 
 
+async def seen_outside(transport: Transport, peers: Sequence[PeerId]) -> str | None:
+    """The multiaddr of the internet at which the first `WITNESSES` of `peers` see this peer.
+
+    None if none of them does, or they do not agree: it is another one for each then.
+    """
+    asked = (_answer(transport, peer, Observe(nonce=1)) for peer in peers[:WITNESSES])
+    told = {answer.address for answer in await asyncio.gather(*asked) if isinstance(answer, Observed)}
+    outer = {address for address in told if is_public([address]) and not is_relayed([address])}
+    return outer.pop() if len(outer) == 1 else None
+
+
 async def _ask(transport: Transport, peer: PeerId, port: int) -> DialledBack | None:
+    answer = await _answer(transport, peer, DialBack(nonce=1, port=port))
+    return answer if isinstance(answer, DialledBack) else None
+
+
+async def _answer(transport: Transport, peer: PeerId, question: AnyMessage) -> AnyMessage | None:
     try:
         async with asyncio.timeout(OPEN_TIMEOUT):
             calls = MessageStream(await transport.open_stream(peer))
         try:
-            answer, _ = await calls.call(DialBack(nonce=1, port=port), timeout=ANSWER_TIMEOUT)
+            answer, _ = await calls.call(question, timeout=ANSWER_TIMEOUT)
         finally:
             calls.close()
     except (SwarmError, TimeoutError) as error:
-        logger.debug("peer %s does not tell whether it can dial this one: %r", peer, error)
+        logger.debug("peer %s does not answer a %s: %r", peer, type(question).__name__, error)
         return None
-    assert isinstance(answer, DialledBack)
     return answer

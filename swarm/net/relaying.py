@@ -36,13 +36,20 @@ class Relaying:
     serves: bool = False
     through: tuple[str, ...] = ()
 
+    @property
+    def _is_on(self) -> bool:
+        return self.uses or self.serves or bool(self.through)
+
+    def punches(self, *, listens: bool) -> bool:
+        """Whether the daemon tries for straight connections in place of relayed ones."""
+        return self._is_on and listens
+
     def options(self, *, listens: bool) -> list[str]:
         """The daemon's options for that."""
-        is_on = self.uses or self.serves or bool(self.through)
         options = [
-            f"-relay={int(is_on)}",
+            f"-relay={int(self._is_on)}",
             f"-relayService={int(self.serves)}",
-            f"-autonat={int(is_on and listens)}",  # this is what punches holes, too
+            f"-autonat={int(self.punches(listens=listens))}",  # this is what punches holes, too
             f"-autoRelay={int(bool(self.through))}",
         ]
         if self.serves:  # the daemon relays for none while it does not know that others reach it

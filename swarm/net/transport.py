@@ -124,6 +124,16 @@ class Transport(Protocol):
         """
         ...
 
+    async def be_seen_at(self, outer: str) -> None:
+        """Know that the internet sees this peer at the multiaddr `outer`.
+
+        That is what straight connections with others behind routers need, in place of relayed ones.
+
+        Raises:
+            TransportError: this peer's own network has failed or was closed.
+        """
+        ...
+
     async def bytes_relayed_by(self, peer: PeerId) -> int:
         """How many bytes each connection may carry that `peer`, to whom there is one, relays to this peer.
 

@@ -1,4 +1,4 @@
-"""A server behind a router that translates addresses: it is reached through a relay, and says why."""
+"""A server behind a router that translates addresses: how it is reached, and that it says why."""
 
 import asyncio
 import json
@@ -21,8 +21,9 @@ PORT = "31330"
 
 @pytest.fixture
 def net() -> Iterator[Internet]:
+    """Besides the server, two clients are behind routers; what `strict`'s lets out changes its port."""
     try:
-        with internet(["relay", "client"], ["hidden"]) as made:
+        with internet(["relay", "client"], ["hidden", "home", "strict"], symmetric=["strict"]) as made:
             yield made
     except NotAllowed as reason:
         pytest.skip(f"this machine has no network namespaces with translation: {reason}")
@@ -98,3 +99,38 @@ async def test_without_a_relay_it_says_what_to_do(net: Internet, tmp_path: Path)
     log = (tmp_path / "hidden.log").read_text()
     assert log.count("nobody elsewhere can use it, and no peer that it knows is a relay") == 1
     assert "--public-ip" in log
+
+
+async def visits(net: Internet, host: str, join: str, address: str, seconds: int) -> list[str]:
+    """Where a client at `host` found the peer at `address`, the last time at the end."""
+    command = (sys.executable, "-m", "tests.visitor", join, address, str(seconds))
+    process = await started_at(net, host, *command)
+    async with asyncio.timeout(START):
+        out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return out.decode().split()
+
+
+async def test_clients_come_straight_to_a_server_behind_a_router(net: Internet, tmp_path: Path) -> None:
+    relay, hidden = (server(net, host, tmp_path, "--no-blocks") for host in ("relay", "hidden"))
+    try:
+        with net.at("relay"):
+            await relay.start()
+        addresses = (await relay.wait_for("listening", START))["addresses"]
+        (join,) = [one for one in addresses if net.addresses["relay"] in one]
+        with net.at("hidden"):
+            await hidden.start(["--initial-peers", join])
+        told = (await hidden.wait_for("listening", START))["addresses"]
+        (relayed,) = [one for one in told if "p2p-circuit" in one]
+        home, client, strict = await asyncio.gather(
+            visits(net, "home", join, relayed, 30),
+            visits(net, "client", join, relayed, 30),
+            visits(net, "strict", join, relayed, 12),
+        )
+    finally:
+        await hidden.stop()
+        await relay.stop()
+    assert home[-1] == client[-1] == f"/ip4/{net.addresses['router of hidden']}/tcp/{PORT}"
+    assert net.bytes_sent("home", to="hidden") > 1000
+    assert net.bytes_sent("hidden", to="home") > 1000
+    assert all("p2p-circuit" in one for one in strict)

@@ -9,12 +9,14 @@ import pytest
 from swarm.dht.memory import MemoryStore
 from swarm.dht.reaching import (
     Listening,
+    listening_of_client,
     look_back,
     outer_address,
     relaying_of,
     relays_among,
     say_hidden,
 )
+from swarm.net.addresses import is_loopback
 from swarm.net.calls import MessageStream
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork, MemoryTransport
@@ -59,6 +61,15 @@ def test_who_has_an_address_of_the_internet_relays(
     listening: Listening, own: str, relaying: Relaying
 ) -> None:
     assert relaying_of([], listening, ["127.0.0.1", own]) == relaying
+
+
+def test_a_client_listens_where_others_may_come_to_it_and_tells_nobody() -> None:
+    assert listening_of_client(Relaying()).host_maddrs == ()
+    place = listening_of_client(Relaying(uses=True))
+    (host,), (told,) = place.host_maddrs, place.announce_maddrs
+    assert host.startswith("/ip4/0.0.0.0/tcp/")
+    assert listening_port([told]) == int(host.rpartition("/")[2]) > 0
+    assert is_loopback(told)
 
 
 class Witnesses:

@@ -44,13 +44,29 @@ def test_without_relays_all_of_it_is_off() -> None:
     assert options(Relaying()) == {"-relay=0", "-relayService=0", "-autonat=0", "-autoRelay=0"}
 
 
-def test_a_client_goes_through_relays_and_listens_nowhere() -> None:
+def test_who_listens_nowhere_goes_through_relays_alone() -> None:
     assert options(Relaying(uses=True), listens=False) == {
         "-relay=1",
         "-relayService=0",
         "-autonat=0",
         "-autoRelay=0",
     }
+
+
+@pytest.mark.parametrize(
+    ("relaying", "listens", "punches"),
+    [
+        (Relaying(uses=True), True, True),
+        (Relaying(uses=True), False, False),
+        (Relaying(through=("/ip4/1.1.1.1/tcp/1/p2p/A",)), True, True),
+        (Relaying(), True, False),
+    ],
+)
+def test_who_listens_and_goes_through_relays_tries_for_straight_ways(
+    relaying: Relaying, listens: bool, punches: bool
+) -> None:
+    assert relaying.punches(listens=listens) is punches
+    assert f"-autonat={int(punches)}" in options(relaying, listens=listens)
 
 
 def test_who_relays_says_that_others_reach_it() -> None:
