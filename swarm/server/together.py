@@ -14,17 +14,18 @@ class Together:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._pairs = 0.0
+        self._blocks = 0.0
 
     def add(self, report: BatchReport) -> None:
         """An iteration was run. One that prefills says nothing of what a decode step takes."""
-        if report.prefill_tokens or report.seconds <= 0 or not report.pairs:
+        if report.prefill_tokens or not report.decode_tokens or report.seconds <= 0 or not report.pairs:
             return
+        rows = report.decode_tokens / report.steps  # more than one where a step verifies drafts
         self._seconds = report.seconds + KEPT * self._seconds
-        self._pairs = report.pairs + KEPT * self._pairs
+        self._blocks = report.pairs / rows + KEPT * self._blocks
 
     def part(self, decode: float) -> float:
-        """The part that a step took of what it takes alone, where `decode` blocks a second are computed."""
-        if not self._pairs or not decode:
+        """The part that a step took of what one token takes alone, at `decode` blocks a second; 1 at most."""
+        if not self._blocks or not decode:
             return 1.0
-        return min(1.0, self._seconds / self._pairs * decode)
+        return min(1.0, self._seconds / self._blocks * decode)

@@ -129,6 +129,9 @@ def test_steps_that_run_together_take_a_part_of_what_they_take_alone() -> None:
         together.add(Ran(steps=8, decode_tokens=8, pairs=24, seconds=0.06))
     assert together.part(100.0) == pytest.approx(0.25, rel=0.01)
     for _ in range(100):
+        together.add(Ran(decode_tokens=5, pairs=15, seconds=0.03))
+    assert together.part(100.0) == pytest.approx(1.0, rel=0.05), "rows of one step are one step"
+    for _ in range(100):
         together.add(Ran(steps=8, decode_tokens=8, pairs=24, seconds=1.0))
     assert together.part(100.0) == 1.0, "being slow is no reason to seem busier"
 
