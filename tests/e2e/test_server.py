@@ -277,7 +277,7 @@ def test_an_initial_peer_that_is_not_there(checkpoint: Path) -> None:
     refused("--model", str(checkpoint), *LOCAL, "--initial-peers", address, code=1, says="cannot be reached")
 
 
-@pytest.mark.parametrize("content", [b"", b"no key", bytes(range(68))])
+@pytest.mark.parametrize("content", [b"", b"no key", bytes(range(68))], ids=["empty", "text", "bytes"])
 def test_a_key_file_that_is_none(tmp_path: Path, checkpoint: Path, content: bytes) -> None:
     key = tmp_path / "key"
     key.write_bytes(content)
