@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 15.0
 STOP_TIMEOUT = 3.0
+MOST_SOCKET_PATH = 103
+"""Bytes of the path of a Unix socket at most, on Linux and macOS."""
+
 _READY = "Peer ID:"
 _CONFIG = {"Relay": {"Enabled": False}}
 """What differs from the daemon's own defaults before its options are applied: it would relay for everybody,
@@ -51,9 +54,10 @@ class Daemon:
         """Start a daemon with this identity and wait until it answers.
 
         Raises:
+            InputError: the folder for temporary files has too long a path for a socket.
             TransportError: it cannot be started, ended at once, or was not ready within `START_TIMEOUT`.
         """
-        folder = Path(tempfile.mkdtemp(prefix="swarm-"))  # mode 0700: nobody else may control the daemon
+        folder = _new_folder()
         key, config = folder / "identity", folder / "config.json"
         try:
             identity.save(key)
@@ -73,7 +77,7 @@ class Daemon:
 
     @property
     def control_address(self) -> str:
-        return f"/unix{self._folder / 'control.sock'}"
+        return f"/unix{_control_socket(self._folder)}"
 
     @property
     def last_line(self) -> str:
@@ -129,12 +133,32 @@ class Daemon:
                 self._is_ready.set()
 
 
+def _new_folder() -> Path:
+    """A folder of which nobody else may use the socket: that controls the daemon.
+
+    Raises:
+        InputError: a socket in it would have too long a path.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="swarm-"))  # mode 0700
+    if len(os.fsencode(_control_socket(folder))) > MOST_SOCKET_PATH:
+        folder.rmdir()
+        raise InputError(
+            f"The folder for temporary files, {folder.parent}, has too long a path for a socket in it.",
+            "Set TMPDIR to a shorter one, for example TMPDIR=/tmp.",
+        )
+    return folder
+
+
+def _control_socket(folder: Path) -> Path:
+    return folder / "control.sock"
+
+
 async def _spawn(folder: Path, options: Sequence[str]) -> asyncio.subprocess.Process:
     program = _program()
     try:
         return await asyncio.create_subprocess_exec(
             program,
-            f"-listen=/unix{folder / 'control.sock'}",
+            f"-listen=/unix{_control_socket(folder)}",
             "-idleTimeout=30s",
             *options,
             stdin=asyncio.subprocess.DEVNULL,

@@ -411,6 +411,15 @@ async def test_a_daemon_that_cannot_start(monkeypatch):
         await start()
 
 
+async def test_a_daemon_needs_a_folder_with_a_short_path(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * daemon.MOST_SOCKET_PATH)
+    long.mkdir()
+    monkeypatch.setattr(daemon.tempfile, "tempdir", str(long))
+    with pytest.raises(InputError, match="too long a path"):
+        await daemon.Daemon.start(Identity.generate(), [])
+    assert not list(long.iterdir())
+
+
 async def test_a_peer_that_never_reads_does_not_keep_a_closed_stream(server, client, monkeypatch):
     monkeypatch.setattr(libp2p_stream, "LINGER", 0.1)
     server.on_stream = lambda stream: asyncio.sleep(60)
