@@ -47,7 +47,14 @@ class Vocabulary:
         Raises:
             InputError: the schema is none, or says what cannot be enforced.
         """
-        return Grammar(self._tokens, LLMatcher.grammar_from_json_schema(styled(schema)))
+        try:
+            text = LLMatcher.grammar_from_json_schema(styled(schema))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise InputError(
+                "This cannot be enforced: the schema holds a value that cannot be read.",
+                "Whole numbers must fit into 64 bits, and texts be Unicode.",
+            ) from error
+        return Grammar(self._tokens, text)
 
     def lark(self, text: str) -> "Grammar":
         """What a grammar in llguidance's dialect of Lark allows.

@@ -47,7 +47,15 @@ def test_blanks_come_to_an_end(vocabulary: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": "objec"}, {"not": {}}, {"type": "string", "pattern": "(?=x)"}, {"$ref": "http://x/y"}]
+    "schema",
+    [
+        {"type": "objec"},
+        {"not": {}},
+        {"type": "string", "pattern": "(?=x)"},
+        {"$ref": "http://x/y"},
+        {"type": "integer", "maximum": 2**91},
+        {"type": "string", "description": "\ud800"},
+    ],
 )
 def test_what_cannot_be_enforced_is_refused(vocabulary: Vocabulary, schema: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="cannot be enforced"):
