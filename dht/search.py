@@ -20,7 +20,7 @@ BEAM = 10
 """How many of the nearest nodes have to have answered, of whom few are of one network."""
 
 MAX_ASKED = 30
-"""Nodes that are asked for one key at most: a swarm in a single network has no others to go on to."""
+"""Nodes that count, asked for one key at most: a swarm in a single network has no others to go on to."""
 
 MAX_CROWD = 60
 """Nodes that are asked besides where so many belong to crowds: these are to keep nobody from being asked."""
@@ -108,7 +108,7 @@ class Found(Generic[P]):
     def ask_next(self) -> list[Node[P]]:
         """Whom to ask now, each once."""
         chosen = []
-        for node in self._wanted()[: max(0, MAX_ASKED + self._in_crowds() - len(self._asked))]:
+        for node in self._wanted()[: MAX_ASKED + self._in_crowds() - len(self._asked)]:
             self._asked.add(node.node_id)
             chosen.append(node)
         return chosen

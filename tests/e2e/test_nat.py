@@ -47,19 +47,24 @@ async def answer_at(net: Internet, host: str, *arguments: str) -> tuple[int, lis
     return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
 
 
+async def started(net: Internet, relay: ServerProcess, hidden: ServerProcess) -> tuple[str, list[str]]:
+    """Where the relay can be joined, and the addresses that the hidden server tells, once both listen."""
+    with net.at("relay"):
+        await relay.start()
+    addresses = (await relay.wait_for("listening", START))["addresses"]
+    (join,) = [one for one in addresses if net.addresses["relay"] in one]
+    with net.at("hidden"):
+        await hidden.start(["--initial-peers", join])
+    return join, (await hidden.wait_for("listening", START))["addresses"]
+
+
 async def test_a_server_behind_a_router_serves_through_a_relay(net: Internet, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     tiny_checkpoint(tmp_path / "model")
     relay = server(net, "relay", tmp_path, "--no-blocks")
     hidden = server(net, "hidden", tmp_path)
     try:
-        with net.at("relay"):
-            await relay.start()
-        addresses = (await relay.wait_for("listening", START))["addresses"]
-        (join,) = [one for one in addresses if net.addresses["relay"] in one]
-        with net.at("hidden"):
-            await hidden.start(["--initial-peers", join])
-        told = (await hidden.wait_for("listening", START))["addresses"]
+        join, told = await started(net, relay, hidden)
         assert f"{join}/p2p-circuit/p2p/{told[0].rpartition('/')[2]}" in told
         await hidden.wait_for("serving", START)
         asked = ("--model", str(tmp_path / "model"), "--initial-peers", join)
@@ -114,13 +119,7 @@ async def visits(net: Internet, host: str, join: str, address: str, seconds: int
 async def test_clients_come_straight_to_a_server_behind_a_router(net: Internet, tmp_path: Path) -> None:
     relay, hidden = (server(net, host, tmp_path, "--no-blocks") for host in ("relay", "hidden"))
     try:
-        with net.at("relay"):
-            await relay.start()
-        addresses = (await relay.wait_for("listening", START))["addresses"]
-        (join,) = [one for one in addresses if net.addresses["relay"] in one]
-        with net.at("hidden"):
-            await hidden.start(["--initial-peers", join])
-        told = (await hidden.wait_for("listening", START))["addresses"]
+        join, told = await started(net, relay, hidden)
         (relayed,) = [one for one in told if "p2p-circuit" in one]
         home, client, strict = await asyncio.gather(
             visits(net, "home", join, relayed, 30),
