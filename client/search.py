@@ -17,6 +17,9 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 CLIENT = -1
 """Stands for the client where a server would have its index."""
 
+NOWHERE = -1
+"""Stands for a place among holders where a server is none."""
+
 ROUNDING = 1e-9
 """Seconds by which sums of the same edges may differ: what may cost as little is not left out early."""
 
@@ -91,8 +94,7 @@ class Relaxation:
 
     def run(self) -> list[Visit]:
         graph = self._graph
-        for block in range(graph.num_blocks):
-            holders = np.flatnonzero((graph.start <= block) & (block < graph.end))
+        for block, holders in enumerate(_holders(graph)):
             self._run_block(block, holders)
             self._leave(holders, graph.last if block + 1 == graph.num_blocks else graph.leave)
         return self._visited()
@@ -127,19 +129,17 @@ class Relaxation:
 
         That has come for `client` at most.
         """
-        sources, targets, offered = links.offers(self._active, self._cost, client, holders)
-        at = np.searchsorted(holders, targets)
+        sources, at, offered = links.offers(self._active, self._cost, client, holders)
         visits = self._visits[sources] + 1
-        wins = np.flatnonzero((offered < costs[at]) | ((offered == costs[at]) & (visits < counts[at])))
-        order = wins[np.lexsort((sources[wins], visits[wins], at[wins]))]
-        best = order[_firsts(at[order])]
-        at = at[best]
-        costs[at], counts[at], before[at] = offered[best], visits[best], sources[best]
+        wins = ((offered < costs[at]) | ((offered == costs[at]) & (visits < counts[at]))).nonzero()[0]
+        best_last = wins[np.argsort(visits[wins], kind="stable")[::-1]]
+        at = at[best_last]  # where a place is written to twice, what comes last stays
+        costs[at], counts[at], before[at] = offered[best_last], visits[best_last], sources[best_last]
 
     def _leave(self, holders: Indices, way: Floats) -> None:
         """The client may take over from the one who brings it to the present boundary at the least cost."""
         costs = self._cost[holders] + way[holders]
-        nearest = np.flatnonzero(costs == costs.min())
+        nearest = (costs == costs.min()).nonzero()[0]
         best = nearest[np.argmin(self._visits[holders[nearest]])]
         self._client = float(costs[best]), int(self._visits[holders[best]])
         self._left_by.append(int(holders[best]))
@@ -170,37 +170,38 @@ class _Shortcuts:
         self._width = max(1, links.targets.shape[1])
         self._targets = links.targets.ravel()
         self._seconds = links.seconds.ravel()
-        self._lowest = np.full(len(come), np.inf)
-        self._is_holder = np.zeros(len(come), np.bool_)
+        self._at = np.full(len(come), NOWHERE)
+        """Where the holders of the present block stand among themselves."""
 
     def offers(
         self, active: Indices, cost: Floats, client: float, holders: Indices
     ) -> tuple[Indices, Indices, Floats]:
-        """The lowest offer to each of `holders`, all of them where some are equal: sources, targets, costs.
+        """The lowest offer to each of `holders`, all of them where some are equal: sources, ascending, places
+        among `holders`, costs.
 
         `active` may hand over, at their `cost`; what leads to a holder no cheaper than from a client that
         has come for `client` may be missing.
         """
         behind = cost[active] - (client + ROUNDING)
-        useful = np.flatnonzero(behind <= self._most[active])
+        useful = (behind <= self._most[active]).nonzero()[0]
         sources = active[useful]
-        kept = np.flatnonzero(self._saved.take(sources, 0) >= behind[useful, None])
+        kept = (self._saved.take(sources, 0) >= behind[useful, None]).ravel().nonzero()[0]
         rows = kept // self._width
-        edges = kept + (sources * self._width - np.arange(len(sources)) * self._width)[rows]
-        targets = self._targets[edges]
-        self._is_holder[holders] = True
-        held = np.flatnonzero(self._is_holder[targets])
-        self._is_holder[holders] = False
-        sources, targets = sources[rows[held]], targets[held]
+        edges = kept + ((sources - np.arange(len(sources))) * self._width)[rows]
+        self._at[holders] = np.arange(len(holders))
+        at = self._at[self._targets[edges]]
+        self._at[holders] = NOWHERE
+        held = (at != NOWHERE).nonzero()[0]
+        sources, at = sources[rows[held]], at[held]
         offered = cost[sources] + self._seconds[edges[held]]
-        self._lowest[targets] = np.inf
-        np.minimum.at(self._lowest, targets, offered)
-        lowest = np.flatnonzero(offered == self._lowest[targets])
-        return sources[lowest], targets[lowest], offered[lowest]
+        least = np.full(len(holders), np.inf)
+        np.minimum.at(least, at, offered)
+        lowest = (offered == least[at]).nonzero()[0]
+        return sources[lowest], at[lowest], offered[lowest]
 
 
-def _firsts(ascending: Indices) -> Indices:
-    """Where each value stands first."""
-    is_first = np.ones(len(ascending), np.bool_)
-    np.not_equal(ascending[1:], ascending[:-1], out=is_first[1:])
-    return np.flatnonzero(is_first)
+def _holders(graph: Graph) -> list[Indices]:
+    """Who holds each block."""
+    blocks = np.arange(graph.num_blocks)[:, None]
+    at, servers = ((graph.start <= blocks) & (blocks < graph.end)).nonzero()
+    return np.split(servers, np.searchsorted(at, blocks[1:, 0]))
