@@ -35,6 +35,11 @@ SAMPLED = 30
 """Seconds between two computations of what the swarm carries."""
 
 
+def serves_on(name: str) -> bool:
+    """Whether it is one of them: it serves on while it loads."""
+    return turn(f"memory of {name}") < BESIDE
+
+
 @dataclass
 class Place:
     """Where a server is: it serves `serves`, and holds, or loads, `span` from `ready` on."""
@@ -54,7 +59,8 @@ class Place:
         span, may_improve = self.goes_to or self.span, may_move and now >= self.rests_until
         one = self.shown
         if one is None or (one.span, one.serves, one.may_improve) != (span, may_move, may_improve):
-            one = Holder(self.member.name, span, self.member.strength, may_move, may_move, may_improve)
+            keeps = serves_on(self.member.name)
+            one = Holder(self.member.name, span, self.member.strength, may_move, may_move, may_improve, keeps)
             self.shown = one
         return one
 
@@ -181,7 +187,7 @@ class Crowd:
                 continue
             place.goes_to = place.wished_since = None
             holders = self._view(now, move.peer)
-            keeps = turn(f"memory of {move.peer}") < BESIDE
+            keeps = serves_on(move.peer)
             leaves = may_leave(holders, move.peer, move.span if keeps or move.is_urgent else None)
             if move not in self._plan(holders) or not leaves:
                 continue

@@ -1,18 +1,19 @@
 """How well servers are placed, by our rule and by others', on the same random swarms.
 
-    python -m benchmarks.placement [--seeds 5] [--hours 3] [--json FILE]
+    python -m benchmarks.placement [--seeds 5] [--small 20] [--hours 3] [--json FILE]
 
 What a swarm carries is what routes can get that enter and leave spans at any block, as ours may: the maximum
 flow from servers, which give each of their blocks as much as they like, to blocks (`swarm.server.capacity`).
 It is printed as a share of what its servers could carry if each could hold everything, which nothing exceeds.
+Of our servers the part `--beside` has memory for other blocks beside its own: they serve on while they load.
 
 1. Arranging: swarms of 10 to 100 servers, strengths from 1 to 50 (log-uniform), each able to hold 5 to 40 per
    cent of a model of 30 to 126 blocks. Ours and Petals' join one by one; `settled` is once nobody moves any
    more. Parallax' allocators see all servers at once.
-2. Against the optimum: the same on swarms so small that it can be computed.
+2. Against the optimum: the same on `--small` swarms, so small that it can be computed.
 3. Churn: servers come at random, and stay for a time that is log-normal with a mean of an hour. Who dies is
-   noticed after 30 seconds, and loading takes 60. Servers of ours serve on while they load if `--beside` of
-   them have the memory; others stop. Moves are counted by server and hour, loading at the start is none.
+   noticed after 30 seconds, and loading takes 60. Moves are counted by server and hour, loading at the start
+   is none.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import numpy as np
 
 from benchmarks.allocators import Parallax, Petals, Places, Server, carried, layout_of, optimum
 from swarm.server.arranging import CALM, LOOK_PERIOD, REST
-from swarm.server.placement import Holder, choose, may_leave, plan, turn
+from swarm.server.placement import Holder, Move, choose, may_leave, plan, turn
 from swarm.spans import Span
 
 SWARMS = ((10, 30), (20, 60), (40, 80), (100, 126))
@@ -38,6 +39,7 @@ SWARMS = ((10, 30), (20, 60), (40, 80), (100, 126))
 
 SMALL = ((6, 10), (7, 12), (8, 12))
 CHURNING = ((12, 30), (40, 80))
+OURS = "ours, none beside", "ours, settled", "ours, all beside"
 STRONGEST = 50.0
 SMALLEST, LARGEST = 0.05, 0.4
 MEAN_STAY, SPREAD = 3600.0, 1.0
@@ -62,6 +64,11 @@ def holder(one: Server, span: Span, **state: Any) -> Holder:
     return Holder(one.name, span, one.strength, **state)
 
 
+def serves_on(name: str, beside: float) -> bool:
+    """Whether it is in the part `beside` of all servers, which have memory for other blocks beside theirs."""
+    return turn(f"memory of {name}") < beside
+
+
 # Arranging
 
 
@@ -73,11 +80,23 @@ def ours_joined(servers: Sequence[Server], num_blocks: int) -> Places:
     return {one.peer: one.span for one in holders}
 
 
-def ours_settled(servers: Sequence[Server], places: Places, num_blocks: int) -> tuple[Places, int]:
+def ours_settled(
+    servers: Sequence[Server], places: Places, num_blocks: int, beside: float
+) -> tuple[Places, int]:
     """Once nobody moves any more, and how many moves that took."""
     places, count = dict(places), 0
     while moves := plan(
-        [holder(one, places[one.name], may_fill=True, may_improve=True) for one in servers], num_blocks
+        [
+            holder(
+                one,
+                places[one.name],
+                may_fill=True,
+                may_improve=True,
+                serves_on=serves_on(one.name, beside),
+            )
+            for one in servers
+        ],
+        num_blocks,
     ):
         places |= {move.peer: move.span for move in moves}
         count += len(moves)
@@ -106,10 +125,12 @@ def petals_settled(
     return places, count
 
 
-def arranged(servers: Sequence[Server], num_blocks: int, rng: np.random.Generator) -> dict[str, float]:
+def arranged(
+    servers: Sequence[Server], num_blocks: int, rng: np.random.Generator, beside: float
+) -> dict[str, float]:
     """What each way lets the swarm carry, in tokens a second, and the moves of each server until settled."""
     joined, as_petals = ours_joined(servers, num_blocks), petals_joined(servers, num_blocks, rng)
-    settled, moves = ours_settled(servers, joined, num_blocks)
+    settled, moves = ours_settled(servers, joined, num_blocks, beside)
     petals, petals_moves = petals_settled(servers, as_petals, num_blocks, rng)
     places = {
         "ours, joined": joined,
@@ -127,7 +148,7 @@ def arranged(servers: Sequence[Server], num_blocks: int, rng: np.random.Generato
     }
 
 
-def arranging(seeds: int) -> dict[str, dict[str, float]]:
+def arranging(seeds: int, beside: float) -> dict[str, dict[str, float]]:
     table = {}
     for count, num_blocks in SWARMS:
         rows = []
@@ -135,15 +156,18 @@ def arranging(seeds: int) -> dict[str, dict[str, float]]:
             rng = np.random.default_rng(seed)
             servers = random_servers(rng, count, num_blocks)
             bound = sum(one.strength for one in servers) / num_blocks
-            found = arranged(servers, num_blocks, rng)
+            found = arranged(servers, num_blocks, rng, beside)
             rows.append({name: value if "moves" in name else value / bound for name, value in found.items()})
         table[f"{count} servers, {num_blocks} blocks"] = means(rows)
         _say(f"{count} servers, {num_blocks} blocks: {table[f'{count} servers, {num_blocks} blocks']}")
     return table
 
 
-def against_optimum(seeds: int) -> dict[str, dict[str, float]]:
-    """Shares of the optimum; the servers can hold the model at least once."""
+def against_optimum(seeds: int, beside: float) -> dict[str, dict[str, float]]:
+    """Shares of the optimum; the servers can hold the model at least once.
+
+    Ours also where no server has memory for other blocks beside its own, and where all have.
+    """
     table = {}
     for count, num_blocks in SMALL:
         rows = []
@@ -153,9 +177,14 @@ def against_optimum(seeds: int) -> dict[str, dict[str, float]]:
             if sum(one.size for one in servers) < num_blocks * 1.2:
                 continue
             best = optimum(servers, num_blocks)
-            found = arranged(servers, num_blocks, rng)
+            found = arranged(servers, num_blocks, rng, beside)
+            joined = ours_joined(servers, num_blocks)
+            for name, part in (("ours, none beside", 0.0), ("ours, all beside", 1.0)):
+                settled, _ = ours_settled(servers, joined, num_blocks, part)
+                found[name] = carried(servers, settled, num_blocks)
             rows.append({name: value if "moves" in name else value / best for name, value in found.items()})
-        table[f"{count} servers, {num_blocks} blocks"] = {**means(rows), "swarms": len(rows)}
+        least = {f"least {name}": round(min(row[name] for row in rows), 4) for name in OURS}
+        table[f"{count} servers, {num_blocks} blocks"] = {**means(rows), **least, "swarms": len(rows)}
         _say(f"{count} servers, {num_blocks} blocks: {table[f'{count} servers, {num_blocks} blocks']}")
     return table
 
@@ -216,12 +245,18 @@ class World:
 class Ours:
     """Looks every few seconds; a move that fills no hole must have been worth it for a while."""
 
+    def __init__(self) -> None:
+        self._planned_for: list[Holder] = []
+        self._moves: tuple[Move, ...] = ()
+
     def on_join(self, world: World, one: Server) -> Span:
         return choose(self._holders(world), world.num_blocks, holder(one, Span(0, one.size)))
 
     def on_look(self, world: World) -> None:
         holders = self._holders(world)
-        moves = plan(holders, world.num_blocks)
+        if holders != self._planned_for:
+            self._moves, self._planned_for = plan(holders, world.num_blocks), holders
+        moves = self._moves
         for life in world.listed.values():
             if not any(move.peer == life.server.name for move in moves):
                 life.wished_since = None
@@ -229,7 +264,7 @@ class Ours:
             life = world.listed[move.peer]
             since = life.wished_since = world.now if life.wished_since is None else life.wished_since
             calm = 0.0 if move.is_urgent else CALM[0] + (CALM[1] - CALM[0]) * turn(move.peer)
-            keeps = turn(f"memory of {move.peer}") < world.beside
+            keeps = serves_on(move.peer, world.beside)
             is_safe = may_leave(holders, move.peer, move.span if keeps or move.is_urgent else None)
             if world.now >= since + calm and is_safe:
                 world.move(move.peer, move.span, keeps=keeps)
@@ -246,6 +281,7 @@ class Ours:
                 serves=life.serves(world.now) == life.span,
                 may_fill=True,
                 may_improve=world.now >= life.rests_until,
+                serves_on=serves_on(life.server.name, world.beside),
             )
             for life in world.listed.values()
         ]
@@ -411,13 +447,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, help="swarms of each kind; default: %(default)s")
+    parser.add_argument("--small", type=int, help="of those with an optimum; default: 4 times that")
     parser.add_argument("--hours", type=float, default=3.0, help="of churn; default: %(default)s")
     parser.add_argument("--beside", type=float, default=0.5, help="part of our servers; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     found = {
-        "arranging": arranging(args.seeds),
-        "against the optimum": against_optimum(4 * args.seeds),
+        "arranging": arranging(args.seeds, args.beside),
+        "against the optimum": against_optimum(args.small or 4 * args.seeds, args.beside),
         "churn": churning(args.seeds, args.hours, args.beside),
     }
     print("Shares of what the servers could carry at most\n\n" + as_table(found["arranging"]))

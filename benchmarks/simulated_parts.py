@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from time import process_time
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import simulated_dht
 from benchmarks.allocators import Server
 from benchmarks.allocators import optimum as best_placement
-from benchmarks.crowd import Crowd
+from benchmarks.crowd import Crowd, serves_on
 from benchmarks.population import members
 from benchmarks.simulated_traffic import routing, town, traffic
 from benchmarks.whole_swarm import Answers, Records, WholeSwarm, whole_swarm
@@ -81,18 +81,20 @@ def optimum(scale: Scale) -> Iterator[Row]:
                 continue
             holders: list[Holder] = []
             for one in some:
-                span = choose(holders, num_blocks, Holder(one.name, Span(0, one.size), one.strength))
-                holders.append(Holder(one.name, span, one.strength, may_fill=True, may_improve=True))
+                mine = Holder(
+                    one.name,
+                    Span(0, one.size),
+                    one.strength,
+                    may_fill=True,
+                    may_improve=True,
+                    serves_on=serves_on(one.name),
+                )
+                holders.append(replace(mine, span=choose(holders, num_blocks, mine)))
             best = best_placement([Server(one.name, one.size, one.strength) for one in some], num_blocks)
             joined, moved = carried(holders, num_blocks), 0
             while moves := plan(holders, num_blocks):
                 to = {move.peer: move.span for move in moves}
-                holders = [
-                    Holder(
-                        one.peer, to.get(one.peer, one.span), one.strength, may_fill=True, may_improve=True
-                    )
-                    for one in holders
-                ]
+                holders = [replace(one, span=to.get(one.peer, one.span)) for one in holders]
                 moved += len(moves)
             found.append((joined / best, carried(holders, num_blocks) / best, moved / count))
         joined_shares, shares, moves_each = zip(*found, strict=True)

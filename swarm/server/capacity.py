@@ -142,6 +142,43 @@ class Layout:
         return np.where(strength > ROUNDING * total, strength, 0.0) / others
 
 
+def where_carried(
+    num_blocks: int, starts: Indices, sizes: Indices, strengths: Floats, movers: Indices, throughput: float
+) -> Flags:
+    """Whether servers at `starts` [layouts, servers] carry `throughput` once one of the `movers` has moved.
+
+    By layout, mover and the block where that begins then, [layouts, movers, num_blocks].
+
+    They do if no set of blocks lacks anything at that: who moves holds a block of the set, or lies in one of
+    its gaps.
+    """
+    throughput *= 1 - ROUNDING
+    ends, at = starts + sizes, np.arange(num_blocks + 1)[:, None, None]
+    within = np.zeros((num_blocks + 1, num_blocks + 1, len(starts)))  # [from, to, layouts], movers last
+    np.add.at(within, (starts, ends, np.arange(len(starts))[:, None]), strengths)
+    within = within[::-1].cumsum(0)[::-1].cumsum(1)
+    costs = np.where(_is_gap(num_blocks), throughput * _lengths(num_blocks), np.inf)
+    gains = (within - costs[..., None])[..., None].repeat(len(movers), axis=3)
+    lies_in = (at <= starts[:, movers])[:, None] & (at >= ends[:, movers])
+    np.subtract(gains, strengths[movers], out=gains, where=lies_in)
+    before = _most_idle(gains)
+    after = _most_idle(gains[::-1, ::-1].swapaxes(0, 1))
+    around = gains
+    around += before[:-1, None]
+    around += after[-2::-1]
+    for begin in range(1, num_blocks + 1):
+        np.maximum(around[begin], around[begin - 1], out=around[begin])
+    for end in range(num_blocks - 1, -1, -1):
+        np.maximum(around[:, end], around[:, end + 1], out=around[:, end])
+    spare = strengths.sum() * (1 + ROUNDING) - throughput * num_blocks
+    found = np.zeros((len(starts), len(movers), num_blocks), np.bool_)
+    for index, mover in enumerate(movers):
+        begins = np.arange(num_blocks - sizes[mover] + 1)
+        lacks = around[begins, begins + sizes[mover], :, index] + strengths[mover]
+        found[:, index, begins] = (np.maximum(lacks, before[-1, :, index]) <= spare).T
+    return found
+
+
 class _Gaps(NamedTuple):
     """Gaps in which servers have most to give beyond a throughput, at least a block apart.
 
@@ -179,6 +216,15 @@ def _best_gaps(within: Floats, throughput: float) -> _Gaps:
             outside[end + 1 :] = outside[begin] + end - begin
             begins[end] = begin
     return _Gaps(idle, outside, begins)
+
+
+def _most_idle(gains: Floats) -> Floats:
+    """What the best gaps gain that end at the latest at each block, from one before block 0 on, in many
+    layouts at once: `gains` are [from, to, ...]."""
+    best = np.zeros((len(gains) + 1, *gains.shape[2:]))
+    for end in range(1, len(gains)):
+        np.maximum(best[end], (best[:end] + gains[:end, end]).max(0), out=best[end + 1])
+    return best
 
 
 @cache

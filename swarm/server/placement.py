@@ -15,13 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from swarm.server.capacity import Flags, Floats, Indices, Layout
+from swarm.server.chains import EQUAL, Crew, best_chains
 from swarm.spans import Span
 
 MIN_GAIN = 0.1
-"""The part by which a move must raise what the swarm carries."""
-
-EQUAL = 0.01
-"""Relative difference up to which the swarm counts as carrying as much."""
+"""The part by which a move, or a few of them together, must raise what the swarm carries."""
 
 SIMILAR = 0.1
 """The same for the thinness of blocks: where it is similar, a span that begins and ends where others do is
@@ -42,7 +40,8 @@ class Holder:
     """A server that holds the blocks of `span`, or is about to.
 
     It computes `strength` (token, block) pairs a second; 0 if that is not known. `serves` is false while it
-    still loads them. It can be asked to go elsewhere if it `may_fill` holes, or also `may_improve` the whole.
+    still loads them. It can be asked to go elsewhere if it `may_fill` holes, or also `may_improve` the whole;
+    it `serves_on` meanwhile if it has memory for other blocks beside its own.
     """
 
     peer: str
@@ -51,12 +50,14 @@ class Holder:
     serves: bool = True
     may_fill: bool = False
     may_improve: bool = False
+    serves_on: bool = False
 
 
 class Move(NamedTuple):
     """`peer` is to hold `span` instead.
 
     That fills holes, or raises what the swarm carries to `gain` times what it was; then there are no holes.
+    It may take another move or two of other servers until it does so. The swarm carries no less meanwhile.
     """
 
     peer: str
@@ -139,8 +140,8 @@ def settled(
 def plan(holders: Sequence[Holder], num_blocks: int) -> tuple[Move, ...]:
     """The moves that the swarm is better off with, one after the other; none if all is well as it is.
 
-    Either they fill holes, or it is one that lets the swarm carry at least `MIN_GAIN` more. Each block that
-    a server leaves is held by others who serve it and stay.
+    Either they fill holes, or it is one that lets the swarm carry at least `MIN_GAIN` more, or that makes
+    way for such a one. Each block that a server leaves is held by others who serve it and stay.
     """
     holders = in_turn(holders)
     layout = _Claims.of(holders).layout(num_blocks)
@@ -247,25 +248,50 @@ def _relief(even: Floats, share: float, size: int) -> Floats:
 
 
 def _improve(holders: Sequence[Holder], layout: Layout) -> tuple[Move, ...]:
-    """The move after which the swarm carries most, if it is worth one.
+    """The move after which the swarm carries most, if it is worth one; else the first of a few that are.
 
     Only who holds none of the blocks that limit the swarm has more to give to them.
     """
     now = layout.tight()
-    if layout.bound < now.throughput * (1 + MIN_GAIN):
+    goal = now.throughput * (1 + MIN_GAIN)
+    if layout.bound < goal:
         return ()
     serving = _serving(holders, layout)
+    movers = [index for index, one in enumerate(holders) if one.may_improve and one.serves]
     places = []
-    for index, one in enumerate(holders):
-        held = slice(one.span.start, one.span.end)
-        may_move = one.may_improve and one.serves and (serving[held] > 1).all()
-        if may_move and not now.blocks[held].any():
-            places.append((index, np.flatnonzero(_sums(now.blocks, one.span.size))))
-    best = _best(holders, layout, places)
-    if best is None:
+    for index in movers:
+        one = holders[index]
+        may_move = one.serves_on or not _alone(layout, serving, index).size
+        if may_move and not now.blocks[one.span.start : one.span.end].any():
+            starts = _open_starts(layout, serving, index)
+            places.append((index, starts[_sums(now.blocks, one.span.size)[starts] > 0]))
+    best = _best(holders, layout, [place for place in places if place[1].size])
+    if best is not None:
+        reached = layout.moved(best.holder, best.span.start).tight().throughput
+        if reached >= goal:
+            return (Move(holders[best.holder].peer, best.span, reached / now.throughput),)
+    return _make_way(holders, layout, movers, now.throughput) if len(movers) > 1 else ()
+
+
+def _make_way(
+    holders: Sequence[Holder], layout: Layout, movers: Sequence[int], throughput: float
+) -> tuple[Move, ...]:
+    """The first of a few moves that together let the swarm carry more than the `throughput` of today."""
+    movers = sorted(movers, key=lambda index: -layout.strengths[index])[:MOST_MOVERS]
+    crew = Crew(
+        layout.num_blocks,
+        layout.ends - layout.starts,
+        layout.strengths,
+        np.array([one.serves for one in holders]),
+        np.array(movers, np.int64),
+        np.array([holders[index].serves_on for index in movers], np.bool_),
+    )
+    chains = best_chains(crew, layout.starts, throughput, throughput * (1 + MIN_GAIN))
+    if chains is None:
         return ()
-    gain = layout.moved(best.holder, best.span.start).tight().throughput / now.throughput
-    return (Move(holders[best.holder].peer, best.span, gain),) if gain >= 1 + MIN_GAIN else ()
+    index, start = min(chains.first, key=lambda move: lot(holders[move[0]].peer, move[1]))
+    span = Span(start, start + holders[index].span.size)
+    return (Move(holders[index].peer, span, chains.throughput / throughput),)
 
 
 def _fill(holders: Sequence[Holder], layout: Layout) -> Iterator[Move]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.server.capacity import Layout
+from swarm.server.capacity import Layout, where_carried
 
 MOST_BLOCKS = 7
 
@@ -68,6 +68,22 @@ def test_one_more_server_is_counted_as_if_it_were_there(
     wanted = share * most
     for start, enough in zip(carried, layout.carries_with(strength, size, starts, wanted), strict=True):
         assert enough == (start >= wanted) or start == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+@given(layouts(), st.floats(0.0, 2.0))
+def test_who_moves_is_counted_where_it_is_then(layout: Layout, share: float) -> None:
+    sizes = layout.ends - layout.starts
+    wanted = share * layout.tight().throughput
+    movers = np.arange(len(sizes))[::-1]
+    (found,) = where_carried(layout.num_blocks, layout.starts[None], sizes, layout.strengths, movers, wanted)
+    for mover, enough in zip(movers.tolist(), found, strict=True):
+        last = layout.num_blocks - int(sizes[mover])
+        assert not enough[last + 1 :].any()
+        for start in range(last + 1):
+            carried = layout.moved(mover, start).tight().throughput
+            assert enough[start] == (carried >= wanted) or carried == pytest.approx(
+                wanted, rel=1e-6, abs=1e-9
+            )
 
 
 @given(layouts(), st.integers(1, MOST_BLOCKS))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.server.capacity import Layout
+from swarm.server.chains import EQUAL, MOST_MOVES
 from swarm.server.placement import (
-    EQUAL,
     MIN_GAIN,
     SIMILAR,
     STRONGEST,
@@ -42,6 +42,7 @@ def swarms(draw: st.DrawFn, most: int = 7) -> list[Holder]:
             serves=draw(st.sampled_from([True, True, True, False])),
             may_fill=(may_fill := draw(st.sampled_from([True, True, False]))),
             may_improve=may_fill and draw(st.booleans()),
+            serves_on=draw(st.booleans()),
         )
         for number, size in enumerate(sizes)
     ]
@@ -129,12 +130,11 @@ def test_no_move_opens_a_gap_and_all_find_the_same(holders: list[Holder], rng: r
     shuffled = list(holders)
     rng.shuffle(shuffled)
     assert plan(shuffled, BLOCKS) == moves
-    may_move = {one.peer for one in holders if one.may_fill and one.serves}
+    may_move = {one.peer: one for one in holders if one.may_fill and one.serves}
     for move in moves:
         before = holders
-        assert move.peer in may_move
         assert may_leave(before, move.peer, move.span)
-        assert move.is_urgent or may_leave(before, move.peer)
+        assert move.is_urgent or may_move[move.peer].serves_on or may_leave(before, move.peer)
         holders = moved(before, move)
         assert served(before) <= served(holders)
         assert covered(before) <= covered(holders)
@@ -142,17 +142,23 @@ def test_no_move_opens_a_gap_and_all_find_the_same(holders: list[Holder], rng: r
 
 @given(swarms())
 def test_it_comes_to_an_end(holders: list[Holder]) -> None:
-    """Each fill covers a block more, but for first ones of two; each other move raises the throughput."""
+    """Each fill covers a block more, but for first ones of two. No other move lowers the throughput, and of
+    `MOST_MOVES` in a row one raises it."""
+    holders = [replace(one, strength=min(one.strength or 1.0, 7.0)) for one in holders]
     holes = BLOCKS - len(covered(holders))
-    moves, gains = 0, 0
+    moves, gains, reached = 0, 0, [carried(holders)]
     while planned := plan(holders, BLOCKS):
         for move in planned:
             holders = moved(holders, move)
             moves += move.is_urgent
             gains += not move.is_urgent
+            reached.append(carried(holders))
+            assert move.is_urgent or reached[-1] >= reached[-2] * (1 - 1e-6)
     assert moves <= 2 * holes
-    weakest, bound = 1.0 / BLOCKS, 7 * 50.0 / BLOCKS
-    assert gains <= math.log(bound / weakest, 1 + MIN_GAIN)
+    weakest, bound = 1.0 / BLOCKS, 7 * 7.0 / BLOCKS
+    assert gains <= MOST_MOVES * math.log(bound / weakest, 1 + MIN_GAIN)
+    for at in range(moves, len(reached) - MOST_MOVES):
+        assert reached[at + MOST_MOVES] > reached[at] * (1 + 1e-6)
 
 
 @given(swarms())
@@ -248,6 +254,36 @@ def test_an_idle_server_goes_where_it_is_needed_and_a_fixed_one_does_not() -> No
     assert move.gain == pytest.approx(11.0)
     assert plan([replace(one, may_improve=False) for one in holders], BLOCKS) == ()
     assert plan([replace(one, serves=False) for one in holders], BLOCKS) == ()
+
+
+def test_one_makes_way_for_another_where_no_single_move_is_worth_it() -> None:
+    """The first six blocks limit the swarm as much as the last two: to help some of them gains nothing."""
+    holders = [
+        Holder("middle", Span(6, 8), 48.0, True),
+        Holder("start", Span(0, 8), 12.0, True),
+        Holder("strong", Span(6, 10), 24.0, True, True, True),
+        Holder("end", Span(8, 12), 4.0, True, True, True),
+    ]
+    (first,) = plan(holders, BLOCKS)
+    assert (first.peer, first.span) == ("strong", Span(8, 12))
+    assert carried(moved(holders, first)) == pytest.approx(carried(holders))
+    (second,) = plan(moved(holders, first), BLOCKS)
+    assert second.peer == "end"
+    assert second.gain == pytest.approx(4 / 3)
+    assert plan(moved(moved(holders, first), second), BLOCKS) == ()
+    for peer in ("strong", "end"):
+        assert plan([replace(one, may_improve=one.peer == peer) for one in holders], BLOCKS) == ()
+
+
+def test_who_serves_on_while_it_loads_may_keep_blocks_that_it_alone_serves() -> None:
+    holders = [
+        Holder("strong", Span(0, 8), 50.0, True, True, True, serves_on=True),
+        Holder("same", Span(0, 4), 20.0, True),
+        Holder("end", Span(8, 12), 4.0, True),
+    ]
+    (move,) = plan(holders, BLOCKS)
+    assert (move.peer, move.span) == ("strong", Span(4, 12))
+    assert plan([replace(one, serves_on=False) for one in holders], BLOCKS) == ()
 
 
 def test_a_lie_about_strength_does_not_go_far() -> None:
