@@ -51,9 +51,10 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     somebody asks for a session. `rtts` are round trips in seconds from this peer to peers that hold the
     blocks after its own.
 
-    A server that is about to serve other blocks instead `goes_to` those, half-open like its own; to its own
-    ones if it is about to leave them for another model. While it is `undecided`, it may still choose
-    otherwise: it joins, or goes, where it says unless others came before it.
+    A server that `serves_on` has memory to load other blocks beside its own, and serves these meanwhile. One
+    that is about to serve other blocks instead `goes_to` those, half-open like its own; to its own ones if it
+    is about to leave them for another model. While it is `undecided`, it may still choose otherwise: it
+    joins, or goes, where it says unless others came before it.
     """
 
     peer: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -75,6 +76,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     relayed: bool = False
     rtts: Annotated[dict[str, Seconds], msgspec.Meta(max_length=MAX_NEIGHBOURS)] = {}
     mobility: Mobility = "fixed"
+    serves_on: bool = False
     undecided: bool = False
     goes_to: tuple[Block, Block] | None = None
 

@@ -17,7 +17,7 @@ from swarm.net.transport import PeerId, Transport
 from swarm.net.virtual_time import VirtualTimeLoop
 from swarm.net.wire import Link
 from swarm.server.cell import OnProgress
-from swarm.server.moving import LoadSpan
+from swarm.server.moving import FitsBeside, LoadSpan
 from swarm.server.server import Network, Server, Shard
 from swarm.spans import Span
 from tests.fake_engine import FakeEngine
@@ -60,7 +60,13 @@ class World:
         """The newest of each server, or the one that it is about to load."""
 
     def server(
-        self, name: str, span: Span = FIRST, load: LoadSpan | None = None, *, is_fixed: bool = True
+        self,
+        name: str,
+        span: Span = FIRST,
+        load: LoadSpan | None = None,
+        *,
+        is_fixed: bool = True,
+        fits_beside: FitsBeside | None = None,
     ) -> "Life":
         self.engines[name] = FakeEngine()
         fresh = [self.engines[name]]
@@ -72,7 +78,7 @@ class World:
             self.engines[name] = fresh.pop() if fresh else FakeEngine()
             return self.engines[name]
 
-        return Life(self, name, Shard(MODEL, 3, span, load or slowly, is_fixed=is_fixed))
+        return Life(self, name, Shard(MODEL, 3, span, load or slowly, is_fixed, fits_beside=fits_beside))
 
     async def listed(self) -> list[Announcement]:
         return await list_peers(self.store, MODEL)

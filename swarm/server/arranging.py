@@ -18,6 +18,7 @@ from swarm.server.cell import ShardCell
 from swarm.server.moving import Moving
 from swarm.server.placement import Holder, Move, choose_in_turn, may_leave, plan, turn
 from swarm.server.sessions import Sessions
+from swarm.server.span_engine import SpanEngine
 from swarm.server.standing import Standing, mobility, standing, strength
 from swarm.server.watching import Watch
 from swarm.spans import Span
@@ -52,8 +53,9 @@ STAY = 3600.0
 class Arranging:
     """Places the shard cell of one server, and has it moved.
 
-    `mobility`, `is_undecided` and `goes_to` are for the announcement, which `announce` makes known at once.
-    `throughput` is what the server announces; each token that one passes on takes `token_bytes`.
+    `mobility`, `serves_on`, `is_undecided` and `goes_to` are for the announcement, which `announce` makes
+    known at once. `throughput` is what the server announces; each token that one passes on takes
+    `token_bytes`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Arranging:
         token_bytes: int,
     ):
         self.mobility: Mobility = "settled"
+        self.serves_on = False
         self.is_undecided = True
         self._goal: Span | None = None
         self._is_leaving = False
@@ -82,6 +85,7 @@ class Arranging:
         self._watch = Watch(directory, transport)
         self._waited_for: dict[PeerId, float] = {}
         self._unwilling: dict[PeerId, float] = {}
+        self._weighed: SpanEngine | None = None
         self._wished_since: float | None = None
         self._planned_for: list[Holder] = []
         self._moves: tuple[Move, ...] = ()
@@ -118,6 +122,7 @@ class Arranging:
 
     async def look(self) -> None:
         """Move if the swarm has been better off with that for long enough."""
+        await self._weigh()
         move = await self._wish()
         if move is None:
             self._wished_since = None
@@ -173,6 +178,12 @@ class Arranging:
         self._goal, self.is_undecided, self._wished_since = None, False, None
         await self._announce()
 
+    async def _weigh(self) -> None:
+        """See once for each engine whether another one as large fits beside it."""
+        if self._cell.phase == "serving" and self._cell.engine is not self._weighed:
+            self._weighed = self._cell.engine
+            self.serves_on = await self._moving.has_room_beside()
+
     async def _listen(self) -> None:
         """Wait until others who mean the same have said so, and read it."""
         await asyncio.sleep(by_turn(self._peer, LISTENING))
@@ -216,6 +227,7 @@ class Arranging:
         also goes to. Where blocks are missing no session gets through: then these may be missed for a while.
         """
         await self._read()
+        self.serves_on = self.serves_on and stay
         servers = [*self.others().holders, self.mine()]
         return may_leave(servers, self._peer, move.span if stay or move.is_urgent else None)
 
@@ -252,6 +264,7 @@ class Arranging:
             serves=self._cell.phase == "serving",
             may_fill=self.mobility != "fixed",
             may_improve=self.mobility == "free",
+            serves_on=self.serves_on,
         )
 
     def _now(self) -> float:

@@ -39,8 +39,18 @@ class LoadSpan(Protocol):
     ) -> SpanEngine: ...
 
 
+class FitsBeside(Protocol):
+    """Whether `span`, or any other as large, can be loaded now beside all that is loaded, with KV memory for
+    `kv_tokens`."""
+
+    async def __call__(self, span: Span, kv_tokens: int) -> bool: ...
+
+
 class Moving:
-    """Moves the shard cell and its sessions. `announce` makes known at once what the cell then serves."""
+    """Moves the shard cell and its sessions. `announce` makes known at once what the cell then serves.
+
+    `fits_beside` tells whether there is memory for two engines; without it none is counted on.
+    """
 
     def __init__(
         self,
@@ -49,17 +59,25 @@ class Moving:
         load: LoadSpan,
         announce: Callable[[], Awaitable[None]],
         events: Events,
+        fits_beside: FitsBeside | None = None,
     ):
         self._cell = cell
         self._sessions = sessions
         self._load = load
         self._announce = announce
         self._events = events
+        self._fits_beside = fits_beside
         self._came_from: Span | None = None
 
     def place(self, span: Span) -> None:
         """Let the cell hold `span`; nothing is loaded yet."""
         self._cell.place(span, self._load_of(span))
+
+    async def has_room_beside(self) -> bool:
+        """Whether it is known that the serving cell can load as many other blocks beside its own."""
+        if self._fits_beside is None:
+            return False
+        return await self._fits_beside(self._cell.span, self._kv_tokens)
 
     async def move(self, span: Span, may_leave: MayLeave) -> bool:
         """Have the serving cell serve `span` instead; whether it does, or loads it by now.
@@ -91,9 +109,8 @@ class Moving:
         self._came_from = None
 
     async def _move_beside(self, span: Span, may_leave: Callable[[], Awaitable[bool]]) -> bool:
-        assert self._cell.engine is not None, "a cell that serves holds an engine"
-        kv_tokens = self._cell.engine.stats.kv_pages * PAGE_TOKENS
-        engine, throughput = await self._cell.load_beside(partial(self._load, span, kv_tokens=kv_tokens))
+        load = partial(self._load, span, kv_tokens=self._kv_tokens)
+        engine, throughput = await self._cell.load_beside(load)
         if not await may_leave() or self._cell.phase != "serving":
             engine.close()
             return False
@@ -114,6 +131,12 @@ class Moving:
         await asyncio.gather(self._announce(), self._sessions.leave(engine, GRACE, LEAVING_PATIENCE))
         await self._cell.give_way(span, self._load_of(span))
         return True
+
+    @property
+    def _kv_tokens(self) -> int:
+        """What all sessions of the serving cell together can hold."""
+        assert self._cell.engine is not None, "a cell that serves holds an engine"
+        return self._cell.engine.stats.kv_pages * PAGE_TOKENS
 
     def _load_of(self, span: Span) -> Load:
         return partial(self._load, span)

@@ -25,7 +25,7 @@ from swarm.server.cell import ShardCell, measured
 from swarm.server.events import Events
 from swarm.server.gauge import Gauge
 from swarm.server.metrics import Metrics
-from swarm.server.moving import LoadSpan, Moving
+from swarm.server.moving import FitsBeside, LoadSpan, Moving
 from swarm.server.sessions import Sessions
 from swarm.server.span_engine import BatchReport
 from swarm.server.strength import Strength
@@ -52,7 +52,8 @@ class Shard:
     """What a server is to serve: blocks `span` of `model`, once `load` has loaded them.
 
     Unless that `is_fixed`, it is as many blocks, wherever the swarm needs them. `gauge` measures what was
-    loaded, and remembers it; without one it is measured each time.
+    loaded, and remembers it; without one it is measured each time. `fits_beside` tells whether there is
+    memory for two engines; without it none is counted on.
     """
 
     model: ModelEntry
@@ -61,6 +62,7 @@ class Shard:
     load: LoadSpan
     is_fixed: bool = True
     gauge: Gauge | None = None
+    fits_beside: FitsBeside | None = None
     dtype: str = "auto"
     quantization: str = "none"
 
@@ -132,7 +134,7 @@ class Server:
             shard.gauge.measure if shard.gauge else measured,
             self._announcer.changed,
         )
-        self._moving = Moving(self.cell, self.sessions, shard.load, self._announce, events)
+        self._moving = Moving(self.cell, self.sessions, shard.load, self._announce, events, shard.fits_beside)
         self.arranging: Arranging | None = None
         if not shard.is_fixed:
             self.arranging = Arranging(
@@ -207,6 +209,7 @@ class Server:
             relayed=is_relayed(self._addresses),
             rtts=self._directory.next_rtts(cell.span),
             mobility=arranging.mobility if arranging else "fixed",
+            serves_on=arranging.serves_on if arranging else False,
             undecided=arranging.is_undecided if arranging else False,
             goes_to=arranging.goes_to if arranging else None,
         )

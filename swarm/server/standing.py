@@ -50,6 +50,7 @@ def standing(
                     serves=one.state == "serving",
                     may_fill=may_move and one.mobility != "fixed",
                     may_improve=may_move and one.mobility == "free",
+                    serves_on=one.serves_on,
                 )
             )
     return Standing(tuple(holders), tuple(undecided))

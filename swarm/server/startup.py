@@ -94,6 +94,7 @@ def _shard(config: ServerConfig, model: Model, span: Span) -> Shard:
         partial(_load, config, model),
         is_fixed=config.blocks is not None,
         gauge=_gauge(config, model, span),
+        fits_beside=partial(_fits_beside, config, model),
         dtype=config.dtype,
         quantization=config.quantize,
     )
@@ -210,6 +211,17 @@ async def _load(
             "Serve fewer blocks, or use a smaller --dtype.",
         ) from error
     return engine
+
+
+async def _fits_beside(config: ServerConfig, model: Model, span: Span, kv_tokens: int) -> bool:
+    """Whether as many blocks as `span` has, with KV for `kv_tokens`, fit beside all that is loaded here."""
+    blocks = await asyncio.to_thread(_import_engine)
+    wanted = _engine_config(blocks, config, kv_tokens=kv_tokens)
+    try:
+        fitting: int = await asyncio.to_thread(blocks.blocks_that_fit, model, wanted)
+    except InputError:
+        return False
+    return fitting >= span.size
 
 
 def _engine_config(blocks: Any, config: ServerConfig, **changes: int | None) -> Any:

@@ -187,6 +187,45 @@ async def test_having_moved_it_rests() -> None:
 
 
 @in_virtual_time
+@pytest.mark.parametrize("is_room", [True, False])
+async def test_who_has_memory_to_serve_on_goes_although_it_is_the_only_one_of_a_block(is_room: bool) -> None:
+    world, asked, kept = World(), [], Span(0, 4)
+
+    async def fits_beside(span: Span, kv_tokens: int) -> bool:
+        asked.append(span)
+        return is_room
+
+    alice = world.server("alice", kept, is_fixed=False, fits_beside=fits_beside)
+    async with world.server("rear", Span(4, 6)), alice:
+        await asyncio.sleep(LOADING)
+        assert (await world.spans())["alice"] == (kept, "serving")
+        async with world.server("front", LEFT), world.server("another", LEFT):
+            async with no_gap(world):
+                await asyncio.sleep(CALM[1] + 3 * LOADING)
+            (listed,) = [one for one in await world.listed() if one.name == "alice"]
+            assert listed.serves_on == is_room
+            span, state = (await world.spans())["alice"]
+            assert state == "serving"
+            assert ({3, 4} <= set(span.blocks)) == is_room
+            assert asked == ([kept, span] if is_room else [kept])
+
+
+@asynccontextmanager
+async def no_gap(world: World) -> AsyncIterator[None]:
+    """All blocks are served all the time."""
+
+    async def watch() -> None:
+        while True:
+            assert await served(world) == BLOCKS
+            await asyncio.sleep(0.5)
+
+    async with asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(watch())
+        yield
+        watching.cancel()
+
+
+@in_virtual_time
 async def test_its_sessions_are_taken_elsewhere_and_it_is_found_again_where_it_is() -> None:
     world = World()
     async with free(world, "alice") as alice, world.server("bob", LEFT) as bob, right(world):

@@ -32,6 +32,7 @@ def holder(peer: str, start: int = 0, end: int = 3, **changes: Any) -> Holder:
         (said("a"), holder("a")),
         (said("a", mobility="settled"), holder("a", may_fill=True)),
         (said("a", mobility="free"), holder("a", may_fill=True, may_improve=True)),
+        (said("a", serves_on=True), holder("a", serves_on=True)),
         (said("a", state="joining"), holder("a", serves=False)),
         (said("a", state="joining", asleep=True), holder("a", serves=False)),
         (said("a", goes_to=(3, 6), mobility="free"), holder("a", 3, 6, serves=False)),
