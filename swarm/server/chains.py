@@ -17,8 +17,8 @@ MOST_MOVES = 3
 EQUAL = 0.01
 """Relative difference up to which the swarm counts as carrying as much."""
 
-MOST_CELLS, CELLS_AT_ONCE = 10_000_000, 300_000
-"""Floats that one look at all next moves may take, a quarter of a second, and how many are in memory at once.
+MOST_CELLS, CELLS_AT_ONCE = 20_000_000, 300_000
+"""Floats that one look at all next moves may take, about half a second, and how many are in memory at once.
 Longer chains are not looked for if that is too little."""
 
 
