@@ -29,7 +29,7 @@ from swarm.server.capacity import Layout
 from swarm.spans import Span
 
 CLIENTS = 60
-MOST_SESSIONS = 1000
+MOST_SESSIONS = 1500
 FILLING, RENEWING = 10, 6
 """Rounds in which sessions come to be, and in which some are replaced: as many as came in one."""
 
