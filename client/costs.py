@@ -199,10 +199,10 @@ def _growth(demand: Demand) -> float:
     return 1 + (demand.prompt_tokens + (demand.new_tokens - 1) / 2) / CONTEXT_DOUBLING
 
 
-def _rates(server: Announcement) -> tuple[float, float, float, int, int, float]:
+def _rates(server: Announcement) -> tuple[float, float, float, int, float, float]:
     measured, size = server.throughput, server.end - server.start
     ready = 0.0 if server.state != "joining" else _loading_seconds(server)
-    return measured.decode, measured.prefill, measured.network, size, server.queue * size, ready
+    return measured.decode, measured.prefill, measured.network, size, server.queued * size, ready
 
 
 def _loading_seconds(server: Announcement) -> float:

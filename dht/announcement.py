@@ -26,6 +26,7 @@ MAX_ADDRESSES = 16
 Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+Steps = Annotated[float, msgspec.Meta(ge=0, le=2.0**40)]
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 ShortText = Annotated[str, msgspec.Meta(max_length=100)]
 Address = Annotated[str, msgspec.Meta(max_length=300)]
@@ -49,7 +50,8 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
 
     `progress` is the loaded fraction of the shard. A peer that is joining and `asleep` loads it when
     somebody asks for a session. `rtts` are round trips in seconds from this peer to peers that hold the
-    blocks after its own.
+    blocks after its own. `queue` are the steps that it has now, `mean_queue` those that it had on average
+    over the last seconds.
 
     A server that `serves_on` has memory to load other blocks beside its own, and serves these meanwhile. One
     that is about to serve other blocks instead `goes_to` those, half-open like its own; to its own ones if it
@@ -67,6 +69,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     throughput: Throughput = Throughput()
     kv_tokens_left: Tokens = 0
     queue: Tokens = 0
+    mean_queue: Steps | None = None
     dtype: ShortText = "float32"
     quantization: ShortText = "none"
     adapters: Annotated[tuple[ShortText, ...], msgspec.Meta(max_length=16)] = ()
@@ -91,6 +94,11 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def peer_id(self) -> PeerId:
         return PeerId(self.peer)
+
+    @property
+    def queued(self) -> float:
+        """The steps that a new one will find in the queue, as far as is announced."""
+        return self.queue if self.mean_queue is None else self.mean_queue
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):

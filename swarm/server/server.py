@@ -201,6 +201,7 @@ class Server:
             throughput=self._strength.throughput,
             kv_tokens_left=cell.engine.kv_tokens_left if cell.engine else 0,
             queue=self._strength.queue,
+            mean_queue=self._strength.mean_queue,
             dtype=cell.dtype,
             quantization=cell.quantization,
             name=self._name,

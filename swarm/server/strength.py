@@ -1,5 +1,5 @@
 """How fast one server is, kept true: its network is measured when it has company, its engine again when
-sessions find another speed than it announces.
+sessions find another speed than it announces. And how busy it is, by what is in its queue.
 
 Owns when that is done. How it is done is known to `gauge` and `network_rate`, what counts as another speed to
 `drift`.
@@ -18,6 +18,7 @@ from swarm.errors import SwarmError
 from swarm.net.transport import Transport
 from swarm.server.cell import Measure, ShardCell
 from swarm.server.drift import Seen
+from swarm.server.mean_queue import MeanQueue
 from swarm.server.network_rate import network_rate
 from swarm.server.placement import lot
 from swarm.server.span_engine import BatchReport
@@ -26,6 +27,9 @@ from swarm.server.together import Together
 logger = logging.getLogger(__name__)
 
 LOOK_PERIOD = 5.0
+QUEUE_PERIOD = 0.2
+"""Seconds between two looks at the queue."""
+
 IDLE = 1.0
 """Seconds without an iteration after which the engine is taken to have time for being measured."""
 
@@ -54,6 +58,7 @@ class Strength:
         self._on_change = on_change
         self._seen = Seen()
         self._together = Together()
+        self._mean_queue = MeanQueue()
         self._network = 0.0
         self._ran_at = self._engine_due = self._network_due = 0.0
 
@@ -65,9 +70,12 @@ class Strength:
     @property
     def queue(self) -> int:
         """The steps in the queue as the server announces them: as many as would take so long one by one."""
-        if self._cell.engine is None:
-            return 0
-        return math.ceil(self._cell.engine.queue * self._together.part(self._cell.throughput.decode))
+        return math.ceil(self._queued * self._together.part(self._cell.throughput.decode))
+
+    @property
+    def mean_queue(self) -> float:
+        """The same on average over the last seconds."""
+        return self._mean_queue.steps * self._together.part(self._cell.throughput.decode)
 
     def on_batch(self, report: BatchReport) -> None:
         """The engine has run an iteration."""
@@ -76,7 +84,17 @@ class Strength:
         self._together.add(report)
 
     async def run(self) -> None:
-        """Measure what is due, until cancelled."""
+        """Measure what is due, and watch the queue, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_queue(), name="watch the queue")
+            tasks.create_task(self._measure_due(), name="measure what is due")
+
+    async def _watch_queue(self) -> None:
+        while True:
+            self._mean_queue.see(self._queued, self._now())
+            await asyncio.sleep(QUEUE_PERIOD)
+
+    async def _measure_due(self) -> None:
         while True:
             await asyncio.sleep(LOOK_PERIOD)
             if self._cell.phase == "serving":
@@ -112,6 +130,10 @@ class Strength:
             logger.info("this server computes %s blocks a second, not %s", found.decode, before.decode)
             self._cell.throughput = found
             self._on_change()
+
+    @property
+    def _queued(self) -> int:
+        return self._cell.engine.queue if self._cell.engine else 0
 
     def _company(self) -> list[Announcement]:
         """The other servers, in an order of this peer's own."""

@@ -66,6 +66,14 @@ def one_way(one: Announcement, costs: Costs) -> float:
     return (0.1 if rtt is None else rtt) / 2
 
 
+def test_the_mean_of_a_queue_counts_rather_than_what_is_in_it_now() -> None:
+    calm = server("a", 0, 4, queue=2, mean_queue=0.5)
+    often_busy = server("b", 0, 4, queue=0, mean_queue=1.5)
+    told_nothing_else = server("c", 0, 4, queue=1)
+    for best, others in ((calm, [often_busy, told_nothing_else]), (told_nothing_else, [often_busy])):
+        assert find_route([best, *others], Span(0, 4), costs=costs({})).hops[0].peer == best.peer
+
+
 milliseconds = st.integers(1, 300).map(lambda value: value / 1000)
 
 

@@ -12,6 +12,7 @@ from swarm.net.messages import MAX_PROBE_BYTES, Probe, Probed
 from swarm.net.virtual_time import in_virtual_time
 from swarm.server.drift import ENOUGH, FACTOR, PROMPT_ROWS, Seen, has_drifted
 from swarm.server.gauge import MOST_KEPT, Gauge, Setting
+from swarm.server.mean_queue import MEMORY, MeanQueue
 from swarm.server.network_rate import network_rate
 from swarm.server.probes import PAUSE, PAUSE_OF_ALL, Probes
 from swarm.server.together import Together
@@ -152,6 +153,37 @@ async def test_steps_that_run_together_are_announced_as_fewer() -> None:
         assert life.server.announcement().queue == 1
         engine.queue = 0
         assert life.server.announcement().queue == 0
+
+
+def test_the_mean_queue_follows_what_is_seen() -> None:
+    queue = MeanQueue()
+    queue.see(3, 100.0)
+    assert queue.steps == 3
+    queue.see(0, 100.0)
+    assert queue.steps == 3, "no time has passed"
+    for tick in range(50):
+        queue.see(4 * (tick % 2), 100.0 + tick * MEMORY / 10)
+    assert queue.steps == pytest.approx(2, abs=0.3)
+    queue.see(0, 200.0)
+    assert queue.steps < 1e-3
+
+
+@in_virtual_time
+async def test_what_is_in_the_queue_now_and_then_is_announced_as_its_mean() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        assert life.server.announcement().mean_queue == 0
+        engine = world.engines["alice"]
+        for _ in range(40):
+            engine.queue = 2
+            await asyncio.sleep(0.5)
+            engine.queue = 0
+            await asyncio.sleep(0.5)
+        announced = life.server.announcement()
+        assert announced.queue == 0
+        assert announced.mean_queue == pytest.approx(1, abs=0.2)
+        assert announced.queued == announced.mean_queue
 
 
 @in_virtual_time
