@@ -2,15 +2,15 @@
 
 Servers are announcements, with distances to as many others as they measure; each client knows the distances
 that it would have measured. Sessions begin round by round, on the route that is the fastest by what is
-announced then: of queues, what they were in the round before. Once there are as many as there are to be, some
-end in each round and as many begin. A server serves steps in the order they come, each taking what its blocks
-take; how long steps wait for it is that of an M/D/1 queue, and its announced queue is how many do.
+announced then: of queues, what they were on average in the round before. Once there are as many as there are
+to be, some end in each round and as many begin. A server serves steps in the order they come, each taking
+what its blocks take; how long steps wait for it is that of an M/D/1 queue.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 from time import process_time
 
@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.world import Floats, World
 from swarm.client.costs import PREFILL_GAIN, Costs, Demand
 from swarm.client.graph import View
+from swarm.client.lots import lot
 from swarm.client.route import Route, find_route
 from swarm.dht.announcement import MAX_NEIGHBOURS, Announcement, Throughput
 from swarm.dht.directory import MAX_PEERS
@@ -71,7 +72,7 @@ class Town:
 
     def session(self, view: View, client: int) -> "Session":
         """One of a client, on the fastest route by `view` of these servers."""
-        costs = Costs(rtt=self.clients[client].get)
+        costs = Costs(rtt=self.clients[client].get, lot=partial(lot, PeerId(f"client {client}")))
         return Session(client, find_route(view, self.span, costs=costs, demand=DEMAND))
 
 
@@ -150,7 +151,7 @@ def traffic(town: Town, load: float, seed: int) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Flow:
-    """The balance of some sessions: seconds of a `token` by session, steps that wait by server (`queues`)."""
+    """The balance of some sessions: seconds of a `token` by session, and `queues` by server: steps there."""
 
     token: Floats
     queues: Floats
@@ -168,7 +169,7 @@ class Flow:
         hops = [hop for one in sessions for hop in one.route.hops]
         at = np.array([town.number[hop.peer] for hop in hops], np.int64)
         work = np.array([hop.span.size for hop in hops]) / town.strengths[at] if hops else np.zeros(0)
-        waits, token, steps = np.zeros(count), alone, np.zeros(count)
+        waits, token, steps, used = np.zeros(count), alone, np.zeros(count), np.zeros(count)
         for _ in range(ITERATIONS if hops else 0):
             token = alone + np.bincount(of_session, waits[at], len(sessions))
             rate = (1 / token)[of_session]
@@ -179,12 +180,13 @@ class Flow:
                 waiting(used) * service, np.where(used > FULLEST, waits * used / FULLEST, 0.0)
             )
             waits = (waits + wanted) / 2
-        return cls(token, steps * waits)
+        return cls(token, steps * waits + used)
 
     def announced(self, town: Town) -> list[Announcement]:
-        queues = self.queues.round().astype(int).tolist()
+        queues = self.queues.tolist()
         return [
-            msgspec.structs.replace(one, queue=queue) for one, queue in zip(town.servers, queues, strict=True)
+            msgspec.structs.replace(one, mean_queue=queue)
+            for one, queue in zip(town.servers, queues, strict=True)
         ]
 
 

@@ -98,7 +98,9 @@ class Costs:
 
     `rtt` is the measured round trip between the client and a peer in seconds, None where unknown. Servers
     pass activations on to those to whom they announce a distance, except over the edges in `broken` and
-    unless `pushes` is off. `penalties` are seconds that a session with a peer is taken to cost on top.
+    unless `pushes` is off. `penalties` are seconds that a session with a peer is taken to cost on top. `lot`
+    is how many times what others wait at a peer counts for this client, 1 or more: all clients hear of the
+    same queues some seconds late, and would all leave busy servers for the same others.
     """
 
     rtt: Callable[[PeerId], float | None]
@@ -106,6 +108,7 @@ class Costs:
     broken: Collection[tuple[PeerId, PeerId]] = ()
     seen: Mapping[PeerId, Seen] = field(default_factory=dict)
     penalties: Mapping[PeerId, float] = field(default_factory=dict)
+    lot: Callable[[PeerId], float] = lambda peer: 1.0
 
     def link(self, source: Announcement, target: PeerId) -> float | None:
         """One-way seconds from `source` straight to `target`; None where only the client leads there."""
@@ -165,7 +168,7 @@ def prices(peers: Sequence[PeerId], rates: Rates, costs: Costs, demand: Demand =
     server's whole span. As far as it is to be trusted, what this client saw stands in for both.
 
     What others wait follows from the queue in seconds too. So it is little where many steps are in the queue
-    and run together, once this client has seen that they are.
+    and run together, once this client has seen that they are. It counts as many times as the peer's lot says.
     """
     rtts = np.array(list(map(costs.rtt, peers)), dtype=np.float64)  # None becomes NaN
     queue, pace = rates.queued / rates.decode, np.full(len(peers), _growth(demand))
@@ -176,6 +179,7 @@ def prices(peers: Sequence[PeerId], rates: Rates, costs: Costs, demand: Demand =
             if (seen := costs.seen.get(peer)) is not None:
                 queue[index] += seen.trust * (seen.queue - queue[index])
                 pace[index] += seen.trust * (seen.pace - pace[index])
+    lots = np.array(list(map(costs.lot, peers)), dtype=np.float64)
     network, block = rates.network, (1 / rates.decode + (demand.rows - 1) / rates.prefill) * pace
     return Prices(
         way=np.where(np.isnan(rtts), DEFAULT_RTT, rtts) / 2,
@@ -184,7 +188,7 @@ def prices(peers: Sequence[PeerId], rates: Rates, costs: Costs, demand: Demand =
         prompt=demand.prompt_tokens / rates.prefill * (1 + demand.prompt_tokens / 2 / CONTEXT_DOUBLING),
         byte=np.divide(1.0, network, out=np.zeros(len(network)), where=network > 0),
         once=once,
-        toll=np.minimum(WAITED * queue / (rates.size * block), MOST_WAITED),
+        toll=lots * np.minimum(WAITED * queue / (rates.size * block), MOST_WAITED),
     )
 
 

@@ -7,6 +7,8 @@ learned of peers stands in `experience`. Must not know of sessions or of what tr
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -16,6 +18,7 @@ from swarm.client.estimate import estimate
 from swarm.client.experience import Experience
 from swarm.client.faults import HopError, NoCapacity, RemoteFault, RequestRefused
 from swarm.client.graph import View
+from swarm.client.lots import lot
 from swarm.client.privacy import NO_PRIVACY, Limits, Privacy
 from swarm.client.route import Hop, NoRoute, Route, find_route
 from swarm.client.waking import wake
@@ -178,7 +181,8 @@ class Routes:
         announcements = self._directory.announcements
         others = [] if like is None else [one.peer_id for one in announcements if _form(one) != _form(like)]
         missing = [one.peer_id for one in announcements if self._directory.is_missing(one.peer_id)]
-        return self._experience.costs(self._directory.rtt, self._now(), others=others, missing=missing)
+        costs = self._experience.costs(self._directory.rtt, self._now(), others=others, missing=missing)
+        return replace(costs, lot=partial(lot, self._transport.peer))
 
     def may_push(self, source: PeerId, target: PeerId) -> bool:
         """Whether `source` is to be asked to send straight to `target`."""
