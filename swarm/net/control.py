@@ -46,7 +46,8 @@ ROUTING_PERIOD = 0.1
 FIND_TIMEOUT = 5
 """Seconds that the daemon may look for a peer's addresses, where it does not know them by itself."""
 
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Opened = tuple[str, asyncio.StreamReader, asyncio.StreamWriter]
+"""A stream: the protocol that it speaks, and the connection to the daemon that goes on as it."""
 
 _NO_ROUTING_YET = "failed to find any peer in table"
 _OTHER_PEER = "peer id mismatch"
@@ -87,7 +88,7 @@ class Control:
         Raises:
             P2PDaemonError: there is no stream to it.
         """
-        _, reader, writer = await self._ask(_opening(peer, HOP_PROTOCOL))
+        _, reader, writer = await self._ask(_opening(peer, (HOP_PROTOCOL,)))
         try:
             writer.write(RESERVE)
             size = await read_unsigned_varint(reader)
@@ -115,8 +116,10 @@ class Control:
         _, _, writer = await self._ask(Request(type=Request.DISCONNECT, disconnect=target))
         writer.close()
 
-    async def open_stream(self, peer: PeerId, addresses: Sequence[Address], protocol: str) -> Connection:
-        """A connection to the daemon that goes on as a stream to `peer`, by these addresses or others.
+    async def open_stream(
+        self, peer: PeerId, addresses: Sequence[Address], protocols: Sequence[str]
+    ) -> Opened:
+        """A stream to `peer`, by these addresses or others, of the first of `protocols` that it speaks.
 
         Raises:
             P2PDaemonError: there is no way to it.
@@ -130,7 +133,7 @@ class Control:
                 logger.debug("peer %s does not answer at its addresses", peer)
         for _ in range(ROUTING_ATTEMPTS):
             try:
-                _, reader, writer = await self._ask(_opening(peer, protocol))
+                response, reader, writer = await self._ask(_opening(peer, protocols))
             except P2PDaemonError as error:
                 if _OTHER_PEER in fault:
                     raise P2PDaemonError(fault) from error
@@ -138,7 +141,7 @@ class Control:
                     raise
                 await asyncio.sleep(ROUTING_PERIOD)
             else:
-                return reader, writer
+                return response.streamInfo.proto, reader, writer
         raise P2PDaemonError("this peer knows no other peer")
 
     async def _ask(self, request: Request) -> tuple[Response, asyncio.StreamReader, asyncio.StreamWriter]:
@@ -174,6 +177,6 @@ def unreachable(peer: PeerId, protocol: str, reason: str) -> PeerUnreachable:
     return PeerUnreachable(f"Peer {peer} cannot be reached.", "It may have left, or be behind a firewall.")
 
 
-def _opening(peer: PeerId, protocol: str) -> Request:
-    target = StreamOpenRequest(peer=peer_bytes(peer), proto=[protocol])
+def _opening(peer: PeerId, protocols: Sequence[str]) -> Request:
+    target = StreamOpenRequest(peer=peer_bytes(peer), proto=protocols)
     return Request(type=Request.STREAM_OPEN, streamOpen=target)

@@ -1,11 +1,13 @@
 """Frames on a byte stream: two little-endian u32 lengths, then the header, then the body.
 
-Lengths are checked as soon as they arrive; memory for a body grows only with the bytes that have come.
-Works on asyncio's stream reader and writer and does not know whose they are.
+Lengths are checked as soon as they arrive; memory for a body grows only with the bytes that have come. A word
+is a frame without a header, for the two ends of the stream alone.
+Works on asyncio's stream reader and writer, or the like, and does not know whose they are.
 """
 
 import asyncio
 import struct
+from typing import Protocol
 
 from swarm.net.transport import (
     MAX_BODY_BYTES,
@@ -14,6 +16,26 @@ from swarm.net.transport import (
     FrameError,
     StreamClosed,
 )
+
+
+class Reader(Protocol):
+    """As asyncio's."""
+
+    async def readexactly(self, n: int, /) -> bytes: ...
+
+
+class Writer(Protocol):
+    """As asyncio's."""
+
+    @property
+    def transport(self) -> asyncio.WriteTransport: ...
+
+    def is_closing(self) -> bool: ...
+
+    def write(self, data: Buffer, /) -> None: ...
+
+    async def drain(self) -> None: ...
+
 
 LENGTHS = struct.Struct("<II")
 SMALL_BODY = 64 * 1024
@@ -41,19 +63,22 @@ def check_sendable(header: Buffer, body: Buffer) -> None:
         raise ValueError(f"a frame of {header_bytes} + {body_bytes} bytes is larger than allowed")
 
 
-async def read_lengths(reader: asyncio.StreamReader, max_body: int = MAX_BODY_BYTES) -> tuple[int, int]:
+async def read_lengths(reader: Reader, max_body: int = MAX_BODY_BYTES, max_word: int = 0) -> tuple[int, int]:
     """The next frame's lengths, in bytes: header and body. Cancelling it loses nothing.
+
+    It may be a word of up to `max_word` bytes, with a header of none.
 
     Raises:
         StreamClosed: the stream ended.
         FrameError: the lengths are not allowed.
     """
     header_bytes, body_bytes = LENGTHS.unpack(await _read(reader, LENGTHS.size))
-    check_lengths(header_bytes, body_bytes, max_body)
+    if header_bytes or not 0 < body_bytes <= max_word:
+        check_lengths(header_bytes, body_bytes, max_body)
     return header_bytes, body_bytes
 
 
-async def read_frame(reader: asyncio.StreamReader, lengths: tuple[int, int]) -> tuple[bytes, memoryview]:
+async def read_frame(reader: Reader, lengths: tuple[int, int]) -> tuple[bytes, memoryview]:
     """The header and body that follow their lengths. The stream is of no use after cancelling it.
 
     Raises:
@@ -64,7 +89,7 @@ async def read_frame(reader: asyncio.StreamReader, lengths: tuple[int, int]) -> 
     return header, memoryview(await _read(reader, body_bytes))
 
 
-async def write_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer = b"") -> None:
+async def write_frame(writer: Writer, header: Buffer, body: Buffer = b"") -> None:
     """Write one frame and wait until most of it has left. `body` must not change afterwards.
 
     Raises:
@@ -78,7 +103,7 @@ async def write_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer
         raise StreamClosed("The peer ended the stream.") from error
 
 
-def put_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer = b"") -> None:
+def put_frame(writer: Writer, header: Buffer, body: Buffer = b"") -> None:
     """`write_frame` without waiting for anything to leave.
 
     Raises:
@@ -96,7 +121,12 @@ def put_frame(writer: asyncio.StreamWriter, header: Buffer, body: Buffer = b"") 
         writer.write(body)
 
 
-async def _read(reader: asyncio.StreamReader, size: int) -> bytes:
+def put_word(writer: Writer, word: bytes) -> None:
+    """Write a word without waiting for it to leave; in vain if the stream has ended."""
+    writer.write(LENGTHS.pack(0, len(word)) + word)
+
+
+async def _read(reader: Reader, size: int) -> bytes:
     try:
         return await reader.readexactly(size)
     except (asyncio.IncompleteReadError, OSError) as error:

@@ -24,6 +24,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from swarm.net.addresses import (
     Address,
+    ip_of,
     is_loopback,
     network_of,
     parse_address,
@@ -39,9 +40,11 @@ from swarm.net.libp2p_stream import Libp2pStream
 from swarm.net.multiaddrs import end_of, multiaddr, peer_bytes
 from swarm.net.punching import Punching, is_straight
 from swarm.net.relaying import ENOUGH_BYTES, Relaying, is_relayed
+from swarm.net.shortcut_turns import AcceptorsTurn, OpenersTurn
+from swarm.net.shortcuts import Shortcuts, has_shortcuts
 from swarm.net.telling import tell, tellable
-from swarm.net.transport import CONNECT_TIMEOUT, OnStream, PeerId, PeerUnreachable, TransportError
-from swarm.net.wary import is_public, permitted
+from swarm.net.transport import CONNECT_TIMEOUT, OnStream, PeerId, PeerUnreachable, Stream, TransportError
+from swarm.net.wary import is_public, permitted, worth_dialling
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Libp2pTransport:
         self._daemon = daemon
         self._control = Control(p2p)
         self._streams: set[Libp2pStream] = set()
+        self._shortcuts = Shortcuts((), None, self._shortcut_hosts)
         self._inbound: Inbound | None = None
         self._own: list[str] = []
         self._is_wary = False
@@ -91,6 +95,7 @@ class Libp2pTransport:
         routes_for_others: bool = True,
         nat_port_map: bool = False,
         relaying: Relaying = NO_RELAYS,
+        shortcut_port: int | None = 0,
         door: Door | None = None,
     ) -> "Libp2pTransport":
         """Start the daemon and join the swarm through whichever of `initial_peers` answers.
@@ -98,7 +103,8 @@ class Libp2pTransport:
         `identity` may be the path of its file, made if missing. An empty `host_maddrs` listens nowhere.
         `routes_for_others` lets other peers ask this one for addresses; a short-lived client turns it off.
         Who has it on dials no private address that a peer names, unless it has none but such itself. Who may
-        come in at its `door` may open streams to this peer; by default all may.
+        come in at its `door` may open streams to this peer; by default all may. Streams go on by shortcuts
+        where they can, for which it listens at TCP port `shortcut_port` of the same hosts; None has none.
 
         Raises:
             InputError: an address is malformed, in use, or not this machine's; or the identity's file.
@@ -108,8 +114,10 @@ class Libp2pTransport:
         if not isinstance(identity, Identity):
             identity = Identity.load_or_create(identity)
         peers = [peer for peer in map(parse_address, initial_peers) if peer.peer != identity.peer]
-        for address in host_maddrs:
-            check_can_listen(parse_listen_address(address))
+        hosts = [ip for address in host_maddrs if (ip := ip_of(parse_listen_address(address)))]
+        shortcut_maddrs = [f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{shortcut_port or 0}" for ip in hosts]
+        for address in (*host_maddrs, *shortcut_maddrs):
+            check_can_listen(address)
         options = [
             "-dhtServer=1" if routes_for_others else "-dhtClient=1",
             "-connManager=1",
@@ -125,6 +133,7 @@ class Libp2pTransport:
                 break
             await transport.close()
             transport = await cls._started(identity, options, transport.door)
+        transport._shortcuts = Shortcuts(hosts, shortcut_port, transport._shortcut_hosts)
         transport._through = relaying.through
         transport._punching = Punching() if relaying.punches(listens=bool(host_maddrs)) else None
         try:
@@ -215,13 +224,15 @@ class Libp2pTransport:
 
     async def listen(self, on_stream: OnStream) -> None:
         self._check_usable()
-        before, self._inbound = self._inbound, Inbound(on_stream, self.door, self.peer)
+        before, self._inbound = self._inbound, Inbound(self._shortened(on_stream), self.door, self.peer)
         self.door.watch(self._streams)
         if before is not None:
             await before.close()
             return
+        self._shortcuts.listen()
         async with self._daemon_calls():
-            await self.p2p.add_binary_stream_handler(self.door.protocol, self._on_stream)
+            for protocol in self._shortcuts.protocols(self.door.protocol):
+                await self.p2p.add_binary_stream_handler(protocol, self._on_stream)
 
     async def open_stream(self, peer: PeerId, addresses: Sequence[str] = ()) -> Libp2pStream:
         self._check_usable()
@@ -234,9 +245,12 @@ class Libp2pTransport:
                 named = usable_addresses(peer, addresses)
                 chosen = await permitted(named, self._own) if self._is_wary else named
                 await self._straighten(peer, chosen)
-                opened = await self._control.open_stream(peer, chosen, self.door.protocol)
+                protocols = self._shortcuts.protocols(self.door.protocol)
+                opened = await self._control.open_stream(peer, chosen, protocols)
                 stream = Libp2pStream(peer, *opened, self._streams)
                 await self.door.call_enter(stream, self.peer)
+                if has_shortcuts(stream.protocol):
+                    stream.turn = OpenersTurn(stream, self._shortcuts)
                 return stream
         except TimeoutError:
             raise unreachable(peer, self.door.protocol, "no answer in time") from None
@@ -262,8 +276,26 @@ class Libp2pTransport:
         control = self.p2p._client.control
         await self.p2p.shutdown()
         await self._daemon.stop()
+        await self._shortcuts.close()
         tasks = (self._watch, self.p2p._listen_task, control._read_task, control._write_task)
         await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+
+    def _shortened(self, on_stream: OnStream) -> OnStream:
+        """`on_stream` for streams that may turn to a shortcut, now that their peer has been let in."""
+
+        async def serve(stream: Stream) -> None:
+            assert isinstance(stream, Libp2pStream)
+            if has_shortcuts(stream.protocol):
+                stream.turn = AcceptorsTurn(stream, self._shortcuts)
+            await on_stream(stream)
+
+        return serve
+
+    async def _shortcut_hosts(self, peer: PeerId) -> list[str]:
+        """The IP addresses at which `peer` is connected with, by no relay, and may be dialled again."""
+        ways = [Address(way, peer) for way in await self._ways_to(peer) if not is_relayed([way])]
+        chosen = worth_dialling(ways, self._own) if self._is_wary else ways
+        return list(dict.fromkeys(ip for way in chosen if (ip := ip_of(way.path))))
 
     async def _ways_to(self, peer: PeerId) -> list[str]:
         """The other ends of the connections with `peer`."""
@@ -332,7 +364,8 @@ class Libp2pTransport:
     async def _on_stream(
         self, source: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        stream = Libp2pStream(PeerId(source.peer_id.to_base58()), reader, writer, self._streams)
+        peer = PeerId(source.peer_id.to_base58())
+        stream = Libp2pStream(peer, source.proto, reader, writer, self._streams)
         if self._inbound is None or self._failure is not None:
             stream.close()
         else:

@@ -19,6 +19,7 @@ from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.messages import Pong
 from swarm.net.multiaddrs import peer_bytes
+from swarm.net.peer_lists import PeerLists
 from swarm.net.relaying import ENOUGH_BYTES, Relaying
 from swarm.net.swarm_key import SwarmKey
 from swarm.net.transport import FrameError, OtherPeer, PeerUnreachable, StreamClosed, TransportError
@@ -45,9 +46,15 @@ async def echo(stream):
         await stream.send(*await stream.receive())
 
 
-async def start(initial_peers=(), host_maddrs=LOOPBACK, identity=None, key=None) -> Libp2pTransport:
+async def start(
+    initial_peers=(), host_maddrs=LOOPBACK, identity=None, key=None, lists=None, shortcut_port=0
+) -> Libp2pTransport:
     return await Libp2pTransport.start(
-        identity or Identity.generate(), initial_peers, host_maddrs, door=door.Door(key)
+        identity or Identity.generate(),
+        initial_peers,
+        host_maddrs,
+        shortcut_port=shortcut_port,
+        door=door.Door(key, lists),
     )
 
 
@@ -285,6 +292,78 @@ async def test_only_who_has_the_key_speaks_to_a_private_peer(server):
         assert served == [member.peer]
 
 
+async def talk(stream, until):
+    """Have things echoed until that holds, and once more."""
+    async with asyncio.timeout(5):
+        is_enough = False
+        while not is_enough:
+            is_enough = until()
+            await stream.send(b"header", b"body")
+            assert await stream.receive() == (b"header", b"body")
+
+
+async def test_a_stream_that_lives_goes_on_by_a_shortcut(server, client):
+    before = set(server.transport._streams)
+    stream = await client.open_stream(server.transport.peer)
+    assert not stream.is_short
+    await talk(stream, until=lambda: stream.is_short)
+    (other,) = server.transport._streams - before
+    assert other.is_short
+    assert other.peer == client.peer
+    stream.close()
+    async with asyncio.timeout(5):
+        while other in server.transport._streams:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_private_stream_goes_on_by_a_shortcut():
+    key = SwarmKey.generate()
+    async with await start(key=key) as private, await start(await private.addresses(), (), key=key) as member:
+        await private.listen(echo)
+        stream = await member.open_stream(private.peer)
+        assert stream.protocol.startswith("/swarm/private/")
+        await talk(stream, until=lambda: stream.is_short)
+
+
+async def test_who_knows_of_no_shortcuts_is_spoken_to_as_ever(server, client):
+    (address,) = await server.transport.addresses()
+    async with await start([address], shortcut_port=None) as older:
+        await older.listen(echo)
+        for opener, acceptor in ((older, server.transport), (client, older)):
+            stream = await opener.open_stream(acceptor.peer, await acceptor.addresses())
+            assert stream.protocol == "/swarm/inference/1.0.0"
+            for _ in range(20):
+                await stream.send(b"header")
+                assert await stream.receive() == (b"header", b"")
+            assert not stream.is_short
+            stream.close()
+
+
+async def test_who_is_not_admitted_any_more_is_cut_off_a_shortcut_too(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(door, "REFRESH_PERIOD", 0.05)
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    async with await start(lists=PeerLists(block=blocked)) as choosy:
+        await choosy.listen(echo)
+        stream = await client.open_stream(choosy.peer, await choosy.addresses())
+        await talk(stream, until=lambda: stream.is_short)
+        blocked.write_text(client.peer)
+        async with asyncio.timeout(5):
+            with pytest.raises(StreamClosed):
+                await stream.receive()
+        assert not choosy._streams
+
+
+async def test_a_server_of_the_internet_takes_no_shortcut_into_its_own_network(server, monkeypatch):
+    async with await start() as other:
+        stream = await other.open_stream(server.transport.peer, await server.transport.addresses())
+        assert await other._shortcut_hosts(server.transport.peer) == ["127.0.0.1"]
+        monkeypatch.setattr(other, "_own", ["/ip4/8.8.4.4/tcp/1"])
+        assert await other._shortcut_hosts(server.transport.peer) == []
+        assert await other._shortcut_hosts(NOBODY) == []
+        stream.close()
+
+
 async def test_who_cannot_be_reached_costs_no_connection(server, client):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
@@ -363,6 +442,23 @@ async def test_a_port_in_use():
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port}: address already in use"):
             await start(host_maddrs=[f"/ip4/127.0.0.1/tcp/{port}"])
+
+
+async def test_a_port_for_shortcuts():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        with pytest.raises(InputError, match=f"port {port}: address already in use"):
+            await start(shortcut_port=port)
+    async with (
+        await start(shortcut_port=port) as transport,
+        await start(await transport.addresses(), ()) as peer,
+    ):
+        await transport.listen(echo)
+        stream = await peer.open_stream(transport.peer)
+        await talk(stream, until=lambda: stream.is_short)
+        assert stream._writer.transport.get_extra_info("peername") == ("127.0.0.1", port)
 
 
 async def test_a_port_of_another_peer(server):
