@@ -177,6 +177,7 @@ async def _enter(
         place.announce_maddrs,
         routes_for_others=listening is not None,
         relaying=relaying,
+        shortcut_port=place.shortcut_port,
         door=entrance.door,
     )
     stack.push_async_callback(transport.close)

@@ -27,12 +27,14 @@ class Listening:
     """Where a peer that serves others listens, and what it tells them instead.
 
     It `relays` for others, or has nothing to do with relays. None is as it fits: it relays if it has an
-    address of the internet, and is reached through relays if it is not reached otherwise.
+    address of the internet, and is reached through relays if it is not reached otherwise. Streams turn to
+    shortcuts at TCP port `shortcut_port`, 0 being a free one; with None they turn to none anywhere.
     """
 
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
     relays: bool | None = None
+    shortcut_port: int | None = 0
 
     @property
     def is_local(self) -> bool:

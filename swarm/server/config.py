@@ -30,7 +30,7 @@ class ServerConfig:
     it serves whichever of them the swarm needs most, instead of `model`.
 
     `memory_limit` and `max_vram` are in bytes, times in seconds. Without `evict_after` blocks stay loaded,
-    without a `metrics_port` there are no metrics.
+    without a `metrics_port` there are no metrics, without a `shortcut_port` no shortcuts.
     """
 
     model: str
@@ -58,6 +58,7 @@ class ServerConfig:
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
     relays: bool | None = None
+    shortcut_port: int | None = 0
     public_name: str = ""
     timeout: float = JOIN_TIMEOUT
 
@@ -225,6 +226,20 @@ def _where_options(where: argparse._ArgumentGroup) -> None:
         help="tell others this IP address, from which a router forwards --port here (default: those of this"
         " machine)",
     )
+    shortcuts = where.add_mutually_exclusive_group()
+    shortcuts.add_argument(
+        "--shortcut-port",
+        metavar="PORT",
+        type=port,
+        default=0,
+        help="TCP port at which sessions go on past the libp2p daemons, from process to process, where it can"
+        " be reached; 0 takes a free one (default: %(default)s)",
+    )
+    shortcuts.add_argument(
+        "--no-shortcuts",
+        action="store_true",
+        help="let all streams go through the libp2p daemons, which is slower",
+    )
     relaying = where.add_mutually_exclusive_group()
     relaying.add_argument(
         "--relay",
@@ -302,6 +317,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         host_maddrs=_host_maddrs(args.port, tuple(args.host_maddrs)),
         announce_maddrs=_announced(args.public_ip, args.port, tuple(args.announce_maddrs)),
         relays=False if args.no_relay else args.relay or None,
+        shortcut_port=None if args.no_shortcuts else _shortcut_port(args.shortcut_port, args.port),
         public_name=args.public_name,
         timeout=args.timeout,
     )
@@ -339,6 +355,12 @@ def _announced(public_ip: str | None, port: int | None, given: tuple[str, ...]) 
     except ValueError:
         raise InputError(f"'{public_ip}' is not an IP address.", "It looks like 203.0.113.5.") from None
     return (f"/ip{ip.version}/{ip}/tcp/{port}",)
+
+
+def _shortcut_port(given: int, main: int | None) -> int:
+    if given and given == main:
+        raise InputError(f"--port and --shortcut-port are both {main}.", "Give two ports.")
+    return given
 
 
 def _blocks(text: str) -> Span | None:

@@ -42,7 +42,9 @@ async def enter(
     """
     try:
         async with asyncio.timeout(config.timeout):
-            listening = Listening(config.host_maddrs, config.announce_maddrs, config.relays)
+            listening = Listening(
+                config.host_maddrs, config.announce_maddrs, config.relays, config.shortcut_port
+            )
             return await join(stack, entrance, identity, listening)
     except TimeoutError as error:
         raise SwarmError(

@@ -126,6 +126,11 @@ async def test_a_server_lives_from_listening_to_left(tmp_path: Path, checkpoint:
         calls = await opened(transport, server, model, "a")
         assert (await stepped(calls, model, "a")).compute_ms > 0
         assert (await stepped(calls, model, "a", 1)).seq_pos == 1
+        assert isinstance(calls._stream, Libp2pStream)
+        async with asyncio.timeout(10):
+            while not calls._stream.is_short:
+                await stepped(calls, model, "a", 1)
+        assert (await stepped(calls, model, "a", 2)).seq_pos == 2
         (entry,) = await list_models(store)
         assert entry.model_id == model.model_id
         (listed,) = await list_peers(store, entry)

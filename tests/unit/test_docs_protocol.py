@@ -16,9 +16,24 @@ from swarm.blocks.fingerprint import VOLATILE_KEYS, fingerprint
 from swarm.dht import announcer, keeping, neighbours, node_ids, records, search
 from swarm.dht.announcement import MODELS_KEY, Announcement, ModelEntry, PeerState, Throughput
 from swarm.dht.node_ids import node_id_of
-from swarm.net import forms, inbound, messages, transport, vouchers
+from swarm.net import (
+    forms,
+    inbound,
+    messages,
+    sealed_connection,
+    sealing,
+    shortcut_port,
+    shortcut_turns,
+    shortcut_words,
+    shortcuts,
+    transport,
+    vouchers,
+)
 from swarm.net.framing import LENGTHS
 from swarm.net.identity import Identity
+from swarm.net.sealed_connection import PieceSeal
+from swarm.net.shortcut_port import greeting
+from swarm.net.shortcut_words import Offer
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS, page_keys
 from swarm.server import admission, hand_over, hosted, server
 from tests.pages import ROOT, Page
@@ -203,6 +218,18 @@ def test_states_are_those_of_the_code() -> None:
         f"`{vouchers._BEGIN.decode()}`",
         f"the {len(records._DOMAIN)} bytes `{records._DOMAIN.decode()}`",
         " ".join(f"`{key}`" for key in sorted(VOLATILE_KEYS)),
+        f"`{shortcuts.PROTOCOL_SUFFIX}` after the id",
+        f"of {shortcut_words.MAX_WORD_BYTES} bytes at most, is the word",
+        f"ask | {shortcut_words.ASK.hex()} |",
+        f"over | {shortcut_words.OVER.hex()} |",
+        f"offer | {shortcut_words.Offer.new(1).word()[:1].hex()}, a TCP port",
+        f"an id ({shortcut_words.ID_BYTES}), a key",
+        f"what goes to the opener ({sealed_connection.KEY_BYTES})",
+        f"holds {shortcut_port.OFFER_TIME:g} seconds",
+        f"sent {shortcut_turns.LIVELY_FRAMES} frames with no more than"
+        f" {shortcut_turns.LIVELY_PAUSE:g} seconds between them",
+        f"1 to {sealed_connection.MAX_PIECE_BYTES:,} bytes sealed",
+        f"{sealing.TAG_BYTES} more than they were",
     ],
 )
 def test_bounds_are_those_of_the_code(sentence: str) -> None:
@@ -222,6 +249,7 @@ def examples() -> list[str]:
     ping = messages.encode(messages.Ping(nonce=7))
     first = page_keys(range(32))
     identity = Identity(Ed25519PrivateKey.from_private_bytes(b"\x01" * 32))
+    offer = Offer(1, b"\x01" * 16, to_acceptor=b"\x02" * 32, to_opener=b"\x03" * 32)
     return [
         (LENGTHS.pack(len(ping), 0) + ping).hex(),
         DHTID.generate(source=MODELS_KEY).to_bytes().hex(),
@@ -230,6 +258,7 @@ def examples() -> list[str]:
         records.sign(identity, "m.0", b"\x80", 1e9).signature.hex(),
         identity.peer,
         node_id_of(base58.b58decode(identity.peer)).hex(),
+        greeting(offer, PieceSeal(offer.to_acceptor)).hex(),
         fingerprint({"model_type": "m", "dtype": "x"}, {"a": sha256().hexdigest()}),
     ]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from swarm.dht import keeping, node_storage, records
-from swarm.net import inbound, transport
+from swarm.net import inbound, shortcut_port, transport
 from swarm.net.addresses import MAX_ADDRESSES
 from swarm.net.messages import MAX_PROBE_BYTES
 from swarm.page_keys import PAGE_TOKENS
@@ -32,6 +32,10 @@ LIMITS = admission.Limits()
         f"{sessions.WAYS_AT_ONCE} times at once and then twice a second",
         f"at most {MAX_ADDRESSES} a peer",
         f"in steps of {PAGE_TOKENS}",
+        f"what they were offered | {shortcut_port.MAX_GREETING}, for {shortcut_port.GREETING_TIME:g} second,"
+        f" of {shortcut_port.GREETING_BYTES} bytes each",
+        f"Shortcuts | {shortcut_port.MAX_SHORTCUTS}, open or offered",
+        f"an offer holds {shortcut_port.OFFER_TIME:g} seconds",
     ],
 )
 def test_bounds_are_those_of_the_code(sentence: str) -> None:

@@ -208,6 +208,16 @@ def test_an_outer_address_that_cannot_be_told(options: tuple[str, ...], says: st
         config_from(parsed(*options))
 
 
+def test_shortcuts_have_a_port_of_their_own_unless_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_from(parsed()).shortcut_port == 0
+    assert config_from(parsed("--port", "7", "--shortcut-port", "8")).shortcut_port == 8
+    assert config_from(parsed("--no-shortcuts")).shortcut_port is None
+    with pytest.raises(SystemExit):
+        parsed("--no-shortcuts", "--shortcut-port", "8")
+    with pytest.raises(InputError, match="--port and --shortcut-port are both 8"):
+        config_from(parsed("--port", "8", "--shortcut-port", "8"))
+
+
 def test_relays_are_used_as_it_fits_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     assert config_from(parsed()).relays is None
     assert config_from(parsed("--relay")).relays is True
