@@ -156,6 +156,13 @@ class SimulatedEngine:
     async def export_kv(self, session_id: str, first: int, end: int) -> memoryview:
         return memoryview(bytes(self.kv_bytes(session_id, end - first)))
 
+    async def copy_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        return await self.export_kv(session_id, first, end)
+
+    def rewind(self, session_id: str, length: int) -> None:
+        session = self._held(session_id)
+        session.tokens = min(session.tokens, length)
+
     async def import_kv(self, session_id: str, first: int, end: int, data: memoryview) -> None:
         session = self._held(session_id)
         if session.tokens != first or len(data) != self.kv_bytes(session_id, end - first):

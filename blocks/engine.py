@@ -228,6 +228,23 @@ class Engine:
         """
         return await self._handover.give(session_id, first, end)
 
+    async def copy_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        """`export_kv` of full pages, while steps of the session may run: they change none of these.
+
+        Raises:
+            StepError: unknown session, positions that are not those of full pages that it holds, or blocks
+            that keep states instead. NoCapacity: there are no pages to spare for the moment.
+        """
+        return await self._handover.copy(session_id, first, end)
+
+    def rewind(self, session_id: str, length: int) -> None:
+        """Let the session forget what it holds from position `length` on.
+
+        Raises:
+            StepError: unknown session, or a step of it that still runs.
+        """
+        self._handover.rewind(session_id, length)
+
     async def import_kv(self, session_id: str, first: int, end: int, data: memoryview | bytes) -> None:
         """Let a session that holds exactly `first` tokens hold `end`, by what `export_kv` gave elsewhere.
 

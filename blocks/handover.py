@@ -2,7 +2,8 @@
 
 The bytes are rows of tokens, in no way those of the pages that they lie in: keys [tokens, kv_heads, key_dim],
 then values [tokens, kv_heads, value_dim], block after block, little-endian, in the dtype that the span
-computes in. Copying runs in the compute thread, beside no step of the same session. Knows no peers.
+computes in. Copying runs in the compute thread, beside no step of the same session, but for that of full
+pages, which no step changes while they are lent. Knows no peers.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from swarm.blocks.sessions import Sessions
 from swarm.blocks.steps import Session
 from swarm.kernels.codecs import from_wire
 from swarm.kernels.pages import Pages, Segment, Segments, append, rows_of
+from swarm.page_keys import PAGE_TOKENS
 
 Given = TypeVar("Given")
 
@@ -42,6 +44,26 @@ class Handover:
             raise StepError("bad_request", f"The session holds {session.kv.length} tokens, not {end}.")
         pages, table = self._pages_of(session), tuple(session.kv.table)
         return await self._run(session, lambda: kv_to_bytes(pages, table, first, end))
+
+    async def copy(self, session_id: str, first: int, end: int) -> memoryview:
+        """As `Engine.copy_kv`."""
+        session = self._sessions.find(session_id)
+        self._check(first, end)
+        if first % PAGE_TOKENS or end % PAGE_TOKENS or end > session.kv.length:
+            raise StepError("bad_request", f"{first}:{end} are no full pages of the session.")
+        pages, table = self._pages_of(session), self._sessions.lend(session, first, end)
+
+        def work() -> memoryview:
+            return kv_to_bytes(pages, table, 0, end - first)
+
+        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        running.add_done_callback(lambda _: self._sessions.take_back(table))
+        await asyncio.wait([running])
+        return running.result()
+
+    def rewind(self, session_id: str, length: int) -> None:
+        """As `Engine.rewind`."""
+        self._sessions.find_idle(session_id).kv.roll_back(length)
 
     async def take(self, session_id: str, first: int, end: int, data: memoryview | bytes) -> None:
         """As `Engine.import_kv`."""
@@ -70,11 +92,14 @@ class Handover:
 
     def _find(self, session_id: str, first: int, end: int) -> Session:
         session = self._sessions.find_idle(session_id)
+        self._check(first, end)
+        return session
+
+    def _check(self, first: int, end: int) -> None:
         if not self.is_possible:
             raise StepError("bad_request", "This model keeps a state that is not handed over.")
         if not 0 <= first < end:
             raise StepError("bad_request", f"{first}:{end} are no positions.")
-        return session
 
     async def _run(self, session: Session, work: Callable[[], Given], adopted: int | None = None) -> Given:
         """Have `work` done on the session, which then holds the first `adopted` tokens, if that is given.

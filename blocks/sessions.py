@@ -4,7 +4,7 @@ Refuses what does not fit, and lets a session that was closed keep its pages for
 runs on them. All state belongs to the event loop. Knows nothing of how steps are run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.kv import EVERYBODY, PageCopy, PageName, SessionKV, pages_of
@@ -31,6 +31,7 @@ class Sessions:
         self._promisable = int(loaded.pages * overcommit)
         self._open: dict[str, Session] = {}
         self._leaving: set[Session] = set()
+        self._lent: list[tuple[int, ...]] = []
 
     def __len__(self) -> int:
         return len(self._open)
@@ -125,6 +126,26 @@ class Sessions:
             message = "This server promised more tokens than it has; all are in use."
             raise NoCapacity(message, RETRY_AFTER) from full
 
+    def lend(self, session: Session, first: int, end: int) -> tuple[int, ...]:
+        """The full pages of positions `[first, end)`, which stay as they are until `take_back`.
+
+        Raises:
+            NoCapacity: steps may need all pages that there are, should the session leave these meanwhile.
+        """
+        table = tuple(session.kv.table[first // PAGE_TOKENS : end // PAGE_TOKENS])
+        if self._pool.size - self._pool.used < len(table):
+            raise NoCapacity("This server has no pages to spare for copying.", RETRY_AFTER)
+        for page in table:
+            self._pool.share(page)
+        self._lent.append(table)
+        return table
+
+    def take_back(self, table: tuple[int, ...]) -> None:
+        """Pages that `lend` gave are not read any more."""
+        self._lent.remove(table)
+        for page in table:
+            self._pool.release(page)
+
     def rest(self, session: Session) -> bool:
         """Nothing runs on the session any more. Whether it is still open; if not, its pages go back."""
         session.is_running = False
@@ -139,7 +160,8 @@ class Sessions:
             AssertionError: a page is lost, or counted otherwise than the sessions use it.
         """
         held = [*self._open.values(), *self._leaving]
-        self._pool.check_integrity(session.kv.table for session in held)
+        tables: Iterable[Sequence[int]] = (*(session.kv.table for session in held), *self._lent)
+        self._pool.check_integrity(tables)
         assert all(
             len(session.kv.table) == pages_of(session.kv.length)
             for session in held

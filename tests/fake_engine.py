@@ -171,6 +171,13 @@ class FakeEngine:
             raise StepError("bad_request", "not held")
         return memoryview(_kv(first, end))
 
+    async def copy_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        return await self.export_kv(session_id, first, end)
+
+    def rewind(self, session_id: str, length: int) -> None:
+        self._check_open(session_id)
+        self.lengths[session_id] = min(self.lengths[session_id], length)
+
     async def import_kv(self, session_id: str, first: int, end: int, data: memoryview) -> None:
         self._check_open(session_id)
         await asyncio.sleep(self.seconds)

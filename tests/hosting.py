@@ -30,7 +30,7 @@ SPAN = Span(2, 4)
 HIDDEN = 3
 ONE, TWO, THREE = "1" * 32, "2" * 32, "3" * 32
 
-SERVERS_TASKS = ("session ", "link ", "watch ", "send to ", "stream of ")
+SERVERS_TASKS = ("session ", "link ", "mirror ", "watch ", "send to ", "stream of ")
 """How the names of all tasks begin that serve streams."""
 
 _numbers: Iterator[int] = count(1)

@@ -233,6 +233,18 @@ class ToyEngine:
         await asyncio.sleep(0)
         return memoryview(session.kv[:, first:end].tobytes())
 
+    async def copy_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        session = self.sessions.get(session_id)
+        if session is None or session.held < end or first % PAGE_TOKENS or end % PAGE_TOKENS:
+            raise StepError("bad_request", f"{first}:{end} are no full pages of that session.")
+        copied = memoryview(session.kv[:, first:end].tobytes())
+        await asyncio.sleep(0)
+        return copied
+
+    def rewind(self, session_id: str, length: int) -> None:
+        session = self._idle(session_id)
+        session.kv = session.kv[:, :length]
+
     async def import_kv(self, session_id: str, first: int, end: int, data: memoryview) -> None:
         session = self._idle(session_id)
         await asyncio.sleep(0)

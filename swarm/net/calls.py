@@ -23,6 +23,7 @@ _ANSWERS: dict[type[AnyMessage], type[AnyMessage]] = {
     messages.Link: messages.Linked,
     messages.Feed: messages.Fed,
     messages.HandOver: messages.HandedOver,
+    messages.Mirror: messages.Mirrored,
     messages.Adopt: messages.Adopted,
     messages.Close: messages.Closed,
 }

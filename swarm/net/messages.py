@@ -1,15 +1,16 @@
 """The messages of `/swarm/inference/1.0.0`, packed as msgpack, checked field by field on arrival.
 
 A stream begins with what it is for. One that a client opens carries a session, or pings: `Open` is answered
-by an `Opened`, each `Step` by a `Result`, `Link` by a `Linked`, `HandOver` by a `HandedOver`, `Ping` by a
-`Pong`, `Observe` by an `Observed`, `DialBack` by a `DialledBack`, `Probe` by a `Probed`, `Close` by a
-`Closed`; any of them may get an `Error` instead. Steps are answered in their order, but need not wait for
-each other. Unasked, a hop says `Unfed` and `Leaving`. Where it was asked to at the opening and agreed, it
-vouches for what it gives: some `Result`s, and `Closed`, carry what `swarm.net.vouchers` packs.
+by an `Opened`, each `Step` by a `Result`, `Link` by a `Linked`, `HandOver` by a `HandedOver`, `Mirror` by a
+`Mirrored`, `Ping` by a `Pong`, `Observe` by an `Observed`, `DialBack` by a `DialledBack`, `Probe` by a
+`Probed`, `Close` by a `Closed`; any of them may get an `Error` instead. Steps are answered in their order,
+but need not wait for each other. Unasked, a hop says `Unfed`, `Leaving` and, where the session is a standby,
+`Held`. Where it was asked to at the opening and agreed, it vouches for what it gives: some `Result`s, and
+`Closed`, carry what `swarm.net.vouchers` packs.
 
 A stream that a hop opens to the next one brings a session's steps there: `Feed` is answered by `Fed`, and the
-`Step`s after it are answered to the client. Or it brings the KV memory of a session whose hop leaves: each
-`Adopt` is answered by an `Adopted`.
+`Step`s after it are answered to the client. Or it brings the KV memory of a session whose hop leaves, or that
+has a standby here: each `Adopt` is answered by an `Adopted`.
 
 `Step`, `Result` and `Adopt` are followed by a body of raw little-endian values, `Probe` and `Probed` by one
 that means nothing.
@@ -143,7 +144,8 @@ class Open(Message, frozen=True, tag="open"):
     """Open a session on blocks `[start, end)` that will hold at most `max_tokens`.
 
     It begins with what the hop has kept of the pages named by `page_keys`, the sequence's first ones.
-    Activations are to travel as `wire` says. The hop is to `vouch` for what it gives, if it can.
+    Activations are to travel as `wire` says. The hop is to `vouch` for what it gives, if it can. A `standby`
+    is filled by another hop (`Mirror`) until it gets its first step, and gives way to sessions that are none.
     """
 
     session_id: SessionId
@@ -155,6 +157,7 @@ class Open(Message, frozen=True, tag="open"):
     priority: Priority = "interactive"
     wire: Wire = "exact"
     vouch: bool = False
+    standby: bool = False
 
 
 class Opened(Message, frozen=True, tag="opened"):
@@ -162,7 +165,8 @@ class Opened(Message, frozen=True, tag="opened"):
 
     It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
     bring token ids instead of hidden states if `takes_token_ids`, and ask for some if `gives_token_ids`. The
-    hop `vouches` for what it gives.
+    hop `vouches` for what it gives. It `mirrors`: it knows standbys, and can give and take copies of
+    sessions.
     """
 
     session_id: SessionId
@@ -173,6 +177,7 @@ class Opened(Message, frozen=True, tag="opened"):
     takes_token_ids: bool = False
     gives_token_ids: bool = False
     vouches: bool = False
+    mirrors: bool = False
 
 
 class Onward(msgspec.Struct, frozen=True, array_like=True):
@@ -284,17 +289,48 @@ class HandedOver(Message, frozen=True, tag="handed_over"):
     tokens: Position
 
 
+class Mirror(Message, frozen=True, tag="mirror"):
+    """Copy what the session holds to its standby `to_session` at `peer`, page after page, from now on.
+
+    A new one takes the place of the one before.
+    """
+
+    session_id: SessionId
+    peer: PeerText
+    addresses: Addresses
+    to_session: SessionId
+
+
+class Mirrored(Message, frozen=True, tag="mirrored"):
+    """The standby was reached, and copying begins."""
+
+    session_id: SessionId
+
+
 class Adopt(Message, frozen=True, tag="adopt"):
-    """The KV of positions `[first, end)`, `size` bytes of body, for a session that holds `first` tokens."""
+    """The KV of positions `[first, end)`, `size` bytes of body, for a session that holds `first` tokens.
+
+    A standby may hold more, which it forgets. `taken` is the number of the newest step that the session which
+    is copied had taken up, 0 before the first.
+    """
 
     session_id: SessionId
     first: Position
     end: Count
     size: Count
+    taken: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
 
 
 class Adopted(Message, frozen=True, tag="adopted"):
     session_id: SessionId
+
+
+class Held(Message, frozen=True, tag="held"):
+    """The standby holds the first `tokens` tokens, as the session that it copies did after step `taken`."""
+
+    session_id: SessionId
+    tokens: Position
+    taken: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 class Close(Message, frozen=True, tag="close"):
@@ -341,8 +377,11 @@ AnyMessage: TypeAlias = (
     | Leaving
     | HandOver
     | HandedOver
+    | Mirror
+    | Mirrored
     | Adopt
     | Adopted
+    | Held
     | Close
     | Closed
     | Error

@@ -17,9 +17,11 @@ DRAINING_HINT = "This server is leaving the swarm: use another one."
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a peer may ask for. Times in seconds."""
+    """How much a peer may ask for. Times in seconds. Copies are those of sessions here to standbys there."""
 
     sessions_per_peer: int = 32
+    standbys_per_peer: int = 16
+    copies_per_peer: int = 16
     idle: float = 600.0
     send: float = 60.0
     retry_after: float = 5.0
@@ -34,6 +36,7 @@ class Offer:
     phase: PeerState
     loading_seconds: float
     sessions_of_peer: int
+    standbys_of_peer: int = 0
     left: Span | None = None
 
 
@@ -42,7 +45,7 @@ class Terms:
     """What was agreed on when a session was opened, and how many tokens it holds by now.
 
     Steps may bring token ids instead of hidden states if `takes_token_ids`, and ask for one if
-    `gives_token_ids`.
+    `gives_token_ids`. It is a standby until it gets its first step.
     """
 
     session_id: str
@@ -54,6 +57,7 @@ class Terms:
     max_step_tokens: int
     takes_token_ids: bool = False
     gives_token_ids: bool = False
+    is_standby: bool = False
     length: int = 0
 
     @property
@@ -83,7 +87,10 @@ def refuse_open(asked: Open, offer: Offer, limits: Limits) -> Error | None:
         return refusal("warming_up", "This server is still loading its blocks.", offer.loading_seconds)
     if offer.phase != "serving":
         return refusal("draining", DRAINING_HINT)
-    if offer.sessions_of_peer >= limits.sessions_per_peer:
+    if asked.standby and offer.standbys_of_peer >= limits.standbys_per_peer:
+        message = f"A peer may have {limits.standbys_per_peer} standbys here."
+        return refusal("no_capacity", message, limits.retry_after)
+    if not asked.standby and offer.sessions_of_peer >= limits.sessions_per_peer:
         message = f"A peer may have {limits.sessions_per_peer} sessions here: close one."
         return refusal("no_capacity", message, limits.retry_after)
     return None

@@ -15,10 +15,24 @@ from typing import NamedTuple
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.errors import SwarmError
 from swarm.net import messages
-from swarm.net.messages import Adopt, Error, HandedOver, HandOver, Link, Linked, Result, Step, printable
+from swarm.net.messages import (
+    Adopt,
+    Error,
+    HandedOver,
+    HandOver,
+    Held,
+    Link,
+    Linked,
+    Mirror,
+    Mirrored,
+    Result,
+    Step,
+    printable,
+)
 from swarm.net.outbox import Outbox
 from swarm.net.transport import FrameError, PeerId, Stream, StreamClosed, Transport
 from swarm.server.admission import Terms, refusal, refuse_step
+from swarm.server.copying import Copying, Pace, Progress
 from swarm.server.hand_over import hand_over
 from swarm.server.metrics import Metrics
 from swarm.server.onward import Onward
@@ -55,7 +69,8 @@ class Hosted:
     """A session of `client`, which is told what becomes of its steps through `outbox`.
 
     `on_used` is called whenever something was done for it. `engine` is None once it was evicted. What it
-    gives is vouched for by `vouching`, if that was asked for.
+    gives is vouched for by `vouching`, if that was asked for. `make_room` lets a standby go that takes memory
+    which a step needs, and tells whether there was one.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class Hosted:
         metrics: Metrics,
         on_used: Callable[[], None],
         vouching: Vouching | None = None,
+        make_room: Callable[[], bool] = lambda: False,
     ):
         self.client = client
         self.terms = terms
@@ -78,6 +94,7 @@ class Hosted:
         self._metrics = metrics
         self._on_used = on_used
         self._vouching = vouching
+        self._make_room = make_room
         self._is_closed = False
         self._turn = asyncio.Lock()  # held by what works on the session in the engine
         self._waiting: deque[Waiting] = deque()
@@ -89,6 +106,9 @@ class Hosted:
         self._feeder: Stream | None = None
         self._onward: Onward | None = None
         self._linking: asyncio.Task[None] | None = None
+        self.copies_to: str | None = None  # the peer of its standby
+        self._copying: Copying | None = None
+        self._mirroring: asyncio.Task[None] | None = None
         self._working = asyncio.create_task(self._work(), name=f"session {terms.session_id}")
 
     @property
@@ -113,6 +133,10 @@ class Hosted:
             raise StreamClosed("The session has ended.")
         if len(self._waiting) >= MAX_WAITING:
             raise FrameError(f"A peer sent more than {MAX_WAITING} steps without waiting for answers.")
+        if self.terms.is_standby:
+            self.terms.is_standby = False
+            if not is_fed:
+                self.feed_from(None)  # it is copied to no more
         self._waiting.append(Waiting(asked, body, is_fed, time.perf_counter()))
         self._count_bytes(len(body))
         self._came.set()
@@ -124,6 +148,15 @@ class Hosted:
             self._linking.cancel()
         self._linking = asyncio.create_task(self._link(asked), name=f"link {self.terms.session_id}")
 
+    def mirror(self, asked: Mirror, pace: Pace) -> None:
+        """Copy what it holds to its standby, in the background, and tell the client once that begins."""
+        if self._mirroring is not None:
+            self._mirroring.cancel()
+        self.copies_to = asked.peer
+        self._mirroring = asyncio.create_task(
+            self._mirror(asked, pace), name=f"mirror {self.terms.session_id}"
+        )
+
     def feed_from(self, stream: Stream | None) -> None:
         """Take steps from `stream` from now on, and from no other any more."""
         before, self._feeder = self._feeder, stream
@@ -134,7 +167,7 @@ class Hosted:
         return self._feeder is stream
 
     async def adopt(self, piece: Adopt, data: memoryview) -> None:
-        """Hold what another server held of the session.
+        """Hold what another server held of the session. A standby tells its client how far it is.
 
         Raises:
             StepError, NoCapacity: as `SpanEngine.import_kv`.
@@ -142,12 +175,19 @@ class Hosted:
         engine = self.engine
         if engine is None or self._waiting:
             raise StepError("bad_request", "This session cannot take anything over now.")
-        self._feeder = None  # that stream brings no steps: its end will mean nothing
+        if not self.terms.is_standby:
+            self._feeder = None  # that stream brings no steps: its end will mean nothing
         async with self._turn:
             if self._vouching is not None:
                 self._vouching.stop()
+            if self.terms.is_standby and piece.first < self.terms.length:
+                engine.rewind(self.terms.session_id, piece.first)
+                self.terms.length = piece.first
             await engine.import_kv(self.terms.session_id, piece.first, piece.end, data)
             self.terms.length = piece.end
+        if self.terms.is_standby:
+            said = Held(session_id=self.terms.session_id, tokens=piece.end, taken=piece.taken)
+            self._outbox.put(said)
         self._on_used()
 
     def last_voucher(self) -> bytes | None:
@@ -163,7 +203,7 @@ class Hosted:
     async def close(self) -> None:
         """End the session at once, and wait for what it did; nothing is said any more."""
         self._is_closed = True
-        tasks = [task for task in (self._working, self._linking) if task is not None]
+        tasks = [task for task in (self._working, self._linking, self._mirroring) if task is not None]
         for task in tasks:
             task.cancel()
         self.evict()
@@ -207,10 +247,12 @@ class Hosted:
         refused = self._refusal_of(step, len(one.body))
         if refused is None:
             self.terms.length = step.seq_pos
+            if self._copying is not None:
+                self._copying.cut(step.seq_pos)
             if self._vouching is not None:
                 self._vouching.cut(step.seq_pos)
             try:
-                done = await self._run(step, one.body)
+                done = await self._run_in_room(step, one.body)
             except NoCapacity as full:
                 refused = refusal("no_capacity", full.message, full.retry_after)
             except StepError as error:
@@ -220,6 +262,8 @@ class Hosted:
             return
         seconds = time.perf_counter() - one.came_at
         self.terms.length = step.seq_pos + step.shape[0]
+        if self._copying is not None:
+            self._copying.has_grown()
         is_pushed = self._push(step, done)
         self._tell(step, done, is_pushed, await self._vouch(step, one.body, done))
         self._metrics.on_step(self.client, step, done, seconds)
@@ -228,6 +272,15 @@ class Hosted:
         if self.engine is None:
             return refusal("unknown_session", EVICTED)
         return refuse_step(step, body, self.terms)
+
+    async def _run_in_room(self, step: Step, body: memoryview) -> StepOutcome:
+        """Run the step, for which standbys give way if they must."""
+        while True:
+            try:
+                return await self._run(step, body)
+            except NoCapacity:
+                if not self._make_room():
+                    raise
 
     async def _run(self, step: Step, body: memoryview) -> StepOutcome:
         assert self.engine is not None
@@ -283,7 +336,7 @@ class Hosted:
             )
         return refusal(code, error.message)
 
-    def _refuse(self, asked: Step | HandOver | Link, error: Error) -> None:
+    def _refuse(self, asked: Step | HandOver | Link | Mirror, error: Error) -> None:
         self._metrics.on_refused(asked, error.code)
         self._outbox.put(about(asked, error) if isinstance(asked, Step) else error)
 
@@ -302,6 +355,31 @@ class Hosted:
             self._refuse(asked, refusal("internal", FAILED))
         else:
             self._outbox.put(Linked(session_id=asked.session_id))
+
+    async def _mirror(self, asked: Mirror, pace: Pace) -> None:
+        engine = self.engine
+        copying: Copying | None = None
+        try:
+            if engine is None or not engine.can_hand_over:
+                self._refuse(asked, refusal("bad_request", "This session cannot be copied."))
+                return
+            copying = self._copying = await Copying.connect(self._transport, engine, asked, pace)
+            self._outbox.put(Mirrored(session_id=asked.session_id))
+            await copying.run(lambda: Progress(self.terms.length, self._taken))
+        except SwarmError as error:
+            peer, reason = printable(asked.peer), printable(str(error))
+            logger.info("session %s is not copied to peer %s: %s", asked.session_id, peer, reason)
+            if copying is None:
+                self._refuse(asked, refusal("bad_request", f"Peer {peer} cannot be fed."))
+        except Exception:  # a bug of ours: nobody awaits this task, but the peer does its answer
+            logger.exception("copying session %s of peer %s failed", asked.session_id, self.client)
+            if copying is None:
+                self._refuse(asked, refusal("internal", FAILED))
+        finally:
+            if copying is not None:
+                copying.close()
+            if self._mirroring is asyncio.current_task():
+                self._copying = self.copies_to = None
 
     async def _on_hand_over(self, asked: HandOver) -> None:
         if self.engine is None or not self.engine.can_hand_over:

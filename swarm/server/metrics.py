@@ -28,7 +28,7 @@ from swarm.version import VERSION
 logger = logging.getLogger(__name__)
 
 STATES: tuple[str, ...] = (*get_args(PeerState), "asleep")
-REQUESTS = ("probe", "open", "step", "link", "feed", "handover", "adopt", "close")
+REQUESTS = ("probe", "open", "step", "link", "feed", "handover", "mirror", "adopt", "close")
 KINDS = ("decode", "prefill")
 STAGES = ("queue", "deserialise", "forward", "serialise")
 

@@ -35,7 +35,7 @@ class Seat:
         return self.hosted.terms.session_id if self.hosted else "none"
 
     async def receive(self, idle: float) -> tuple[AnyMessage, memoryview]:
-        """The next message. A session falls idle without steps: pings do not keep it, but work does.
+        """The next message. A session falls idle without steps: pings keep none but standbys, but work does.
 
         Raises:
             TimeoutError: nothing came for `idle` seconds.
@@ -47,9 +47,14 @@ class Seat:
                 received = await self._receive()
         finally:
             self._waiting = None
-        if self.hosted is None or not isinstance(received[0], Ping):
+        if self.hosted is None or self.hosted.terms.is_standby or not isinstance(received[0], Ping):
             self.touch()
         return received
+
+    @property
+    def used_at(self) -> float:
+        """The loop's time at which the stream was in use last."""
+        return self._used_at
 
     def touch(self) -> None:
         """The stream is in use: idleness counts from now on, or from when its session has nothing to do."""

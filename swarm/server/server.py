@@ -22,6 +22,7 @@ from swarm.net.transport import TransportError
 from swarm.server.admission import Limits
 from swarm.server.arranging import Arranging
 from swarm.server.cell import ShardCell, measured
+from swarm.server.copying import Pace
 from swarm.server.events import Events
 from swarm.server.gauge import Gauge
 from swarm.server.metrics import Metrics
@@ -109,6 +110,7 @@ class Server:
             limits,
             self.metrics,
             identity=network.identity,
+            pace=Pace(lambda: self._strength.throughput.network),
         )
         self._shard = shard
         self._network = network
@@ -199,7 +201,7 @@ class Server:
             progress=cell.progress,
             asleep=cell.is_asleep,
             throughput=self._strength.throughput,
-            kv_tokens_left=cell.engine.kv_tokens_left if cell.engine else 0,
+            kv_tokens_left=self.sessions.tokens_left,
             queue=self._strength.queue,
             mean_queue=self._strength.mean_queue,
             dtype=cell.dtype,
@@ -282,10 +284,9 @@ class Server:
                     self._announcer.changed()
 
     def _is_outdated(self, announced: Announcement) -> bool:
-        kv_tokens_left = self.cell.engine.kv_tokens_left if self.cell.engine else 0
         neighbours = self._directory.next_rtts(self.cell.span)
         return (
-            announced.kv_tokens_left != kv_tokens_left
+            announced.kv_tokens_left != self.sessions.tokens_left
             or announced.rtts.keys() != neighbours.keys()
             or announced.addresses != self._addresses
         )

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from swarm.allowance import Allowance
 from swarm.blocks.errors import NoCapacity, StepError
@@ -28,6 +29,7 @@ from swarm.net.messages import (
     HandOver,
     Leaving,
     Link,
+    Mirror,
     Observe,
     Open,
     Opened,
@@ -41,6 +43,16 @@ from swarm.net.messages import (
 from swarm.net.transport import FrameError, PeerId, Stream, StreamClosed, Transport
 from swarm.server.admission import Limits, Offer, Terms, refusal, refuse_open
 from swarm.server.cell import ShardCell
+from swarm.server.copying import Pace
+from swarm.server.giving_way import (
+    STANDBY_RETRY,
+    end_standbys,
+    free_pages,
+    make_room,
+    refuse_standby,
+    standbys_of,
+    tokens_of,
+)
 from swarm.server.hand_over import MAX_PIECE_BYTES
 from swarm.server.hosted import FAILED, Hosted
 from swarm.server.metrics import Metrics
@@ -75,8 +87,12 @@ class Sessions:
         metrics: Metrics | None = None,
         witness: Witness | None = None,
         identity: Identity | None = None,
+        pace: Pace | None = None,
     ):
-        """What is given is vouched for by `identity`, that of this peer, where a client asks for it."""
+        """What is given is vouched for by `identity`, that of this peer, where a client asks for it.
+
+        What sessions hold is copied to standbys at that `pace`.
+        """
         self._model_id = model_id
         self._hidden_size = hidden_size
         self._cell = cell
@@ -87,14 +103,23 @@ class Sessions:
         self._ways = Allowance(WAYS_PER_SECOND, WAYS_AT_ONCE)
         self._probes = Probes()
         self._identity = identity
+        self._pace = pace or Pace()
         self._seats: set[Seat] = set()
         self.last_ended_at = 0.0  # in the loop's time; 0 if no session has ended yet
         self._changed = asyncio.Event()
 
     @property
     def count(self) -> int:
-        """How many sessions are open."""
+        """How many sessions are open, standbys apart."""
         return len(self._on(None))
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of KV memory that are promised to nobody, or to standbys, which give way."""
+        engine = self._cell.engine
+        if engine is None:
+            return 0
+        return engine.kv_tokens_left + sum(tokens_of(standbys_of(self._seats, engine)))
 
     async def on_stream(self, stream: Stream) -> None:
         """Answer every message of `stream` until it ends, falls idle, or breaks a rule of framing."""
@@ -121,6 +146,7 @@ class Sessions:
         """
         for hosted in self._on(engine):
             hosted.evict()
+        end_standbys(standbys_of(self._seats, engine))
 
     async def drain(self, grace: float, patience: float) -> None:
         """Let the clients take their sessions elsewhere, then end every stream.
@@ -138,7 +164,7 @@ class Sessions:
         self.evict(engine)
 
     def demands(self) -> list[tuple[Span, int]]:
-        """Of each open session, its blocks and the tokens that it was promised."""
+        """Of each open session that is no standby, its blocks and the tokens that it was promised."""
         return [(hosted.terms.span, hosted.terms.max_tokens) for hosted in self._on(None)]
 
     async def _let_go(self, engine: SpanEngine | None, grace: float, patience: float) -> None:
@@ -171,11 +197,13 @@ class Sessions:
         return (seat.hosted for seat in tuple(self._seats) if seat.hosted is not None)
 
     def _on(self, engine: SpanEngine | None) -> list[Hosted]:
-        """The open sessions, or those of them that run on `engine`."""
+        """The open sessions that are no standbys, or those of them that run on `engine`."""
         return [
             hosted
             for hosted in self._hosted()
-            if hosted.engine is not None and (engine is None or hosted.engine is engine)
+            if hosted.engine is not None
+            and not hosted.terms.is_standby
+            and (engine is None or hosted.engine is engine)
         ]
 
     async def _converse(self, seat: Seat) -> None:
@@ -208,7 +236,7 @@ class Sessions:
                     return await self._on_open(seat, message)
                 case Close():
                     return await self._on_close(seat, message)
-                case Step() | HandOver() | Link():
+                case Step() | HandOver() | Link() | Mirror():
                     return await self._on_session(seat, message, body)
         except (StreamClosed, FrameError):
             raise
@@ -217,17 +245,24 @@ class Sessions:
             return refusal("internal", FAILED)
         raise FrameError(f"A peer sent a {type(message).__name__}, an answer to no question.")
 
-    async def _on_session(self, seat: Seat, asked: Step | HandOver | Link, body: memoryview) -> Error | None:
+    async def _on_session(
+        self, seat: Seat, asked: Step | HandOver | Link | Mirror, body: memoryview
+    ) -> Error | None:
         hosted = seat.hosted
         if hosted is None or hosted.terms.session_id != asked.session_id:
             number = asked.number if isinstance(asked, Step) else None
             return Error(code="unknown_session", message=UNKNOWN, number=number)
-        if isinstance(asked, Link | HandOver):
+        if isinstance(asked, Link | HandOver | Mirror):
             wait = self._ways.take(seat.peer, asyncio.get_running_loop().time())
             if wait:
                 return refusal("no_capacity", "You have this server go to others too often.", wait)
         if isinstance(asked, Link):
             hosted.link(asked)
+        elif isinstance(asked, Mirror):
+            others = (one for one in self._hosted() if one is not hosted)
+            if sum(one.copies_to == asked.peer for one in others) >= self._limits.copies_per_peer:
+                return refusal("no_capacity", "Enough sessions are copied to that peer.", STANDBY_RETRY)
+            hosted.mirror(asked, self._pace)
         else:
             await hosted.take(asked, body)
         return None
@@ -242,6 +277,11 @@ class Sessions:
             return refused
         engine = self._cell.engine
         assert engine is not None, "a cell that serves holds an engine"
+        if asked.standby:
+            if (refused := refuse_standby(asked.max_tokens, engine)) is not None:
+                return refused
+        else:
+            make_room(self._seats, engine, asked.max_tokens)
         try:
             held = engine.open_session(
                 asked.session_id,
@@ -269,6 +309,7 @@ class Sessions:
                 self._metrics,
                 seat.touch,
                 vouching,
+                partial(free_pages, self._seats, engine),
             ),
         )
         if evicted is not None:
@@ -290,6 +331,7 @@ class Sessions:
             takes_token_ids=terms.takes_token_ids,
             gives_token_ids=terms.gives_token_ids,
             vouches=vouching is not None,
+            mirrors=engine.can_hand_over,
         )
 
     def _on_probe(self, seat: Seat, asked: Probe) -> Error | None:
@@ -332,7 +374,8 @@ class Sessions:
         try:
             while True:
                 await seat.outbox.wait_for_room()
-                async with asyncio.timeout(self._limits.idle):
+                idle = None if hosted.terms.is_standby else self._limits.idle  # that ends with the session
+                async with asyncio.timeout(idle):
                     message, body = await calls.receive(max(hosted.terms.body_limit, MAX_PIECE_BYTES))
                 match message:
                     case Step() if message.session_id == asked.session_id:
@@ -364,7 +407,8 @@ class Sessions:
 
     async def _free(self, seat: Seat) -> None:
         if seat.hosted is not None:
-            self.last_ended_at = asyncio.get_running_loop().time()
+            if not seat.hosted.terms.is_standby:
+                self.last_ended_at = asyncio.get_running_loop().time()
             await seat.free()
             self._changed.set()
 
@@ -382,15 +426,16 @@ class Sessions:
         return Vouching(self._identity, form, terms, asked.page_keys)
 
     def _offer(self, peer: PeerId) -> Offer:
+        own = [hosted for hosted in self._hosted() if hosted.engine is not None and hosted.client == peer]
+        standbys = sum(hosted.terms.is_standby for hosted in own)
         return Offer(
             model_id=self._model_id,
             span=self._cell.span,
             left=self._cell.left,
             phase=self._cell.phase,
             loading_seconds=self._cell.retry_after(),
-            sessions_of_peer=sum(
-                hosted.engine is not None and hosted.client == peer for hosted in self._hosted()
-            ),
+            sessions_of_peer=len(own) - standbys,
+            standbys_of_peer=standbys,
         )
 
     def _agree(self, asked: Open, engine: SpanEngine, held: int) -> Terms:
@@ -405,5 +450,6 @@ class Sessions:
             max_step_tokens=engine.max_step_tokens,
             takes_token_ids=engine.takes_token_ids and asked.start == 0,
             gives_token_ids=engine.gives_token_ids and asked.end == self._cell.span.end,
+            is_standby=asked.standby,
             length=held,
         )

@@ -165,6 +165,17 @@ class SpanEngine(Protocol):
         """
         ...
 
+    async def copy_kv(self, session_id: str, first: int, end: int) -> memoryview:
+        """`export_kv` of full pages that the session holds, whatever runs. Raises NoCapacity, StepError.
+
+        What they held when it was called is given.
+        """
+        ...
+
+    def rewind(self, session_id: str, length: int) -> None:
+        """Let the session forget what it holds from `length` on. No step of it may run. Raises StepError."""
+        ...
+
     async def import_kv(self, session_id: str, first: int, end: int, data: memoryview) -> None:
         """Let a session that holds exactly `first` tokens hold `end`; what is refused changes nothing.
 

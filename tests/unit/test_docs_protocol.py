@@ -196,6 +196,8 @@ def test_states_are_those_of_the_code() -> None:
         f"and {hand_over.MAX_PIECE_BYTES:,} on a stream that feeds",
         f"may have {inbound.MAX_STREAMS_PER_PEER} streams at another",
         f"no more than {admission.Limits().sessions_per_peer} sessions a peer",
+        f"sessions a peer, and {admission.Limits().standbys_per_peer} standbys",
+        f"copies {admission.Limits().copies_per_peer} sessions at most to the same peer",
         f"after {admission.Limits().idle:g} seconds without a step",
         f"{hosted.MAX_WAITING} may wait",
         f"leaves within {server.DRAIN_TIMEOUT:g} seconds",

@@ -368,3 +368,76 @@ def test_bytes_are_rows_of_tokens_however_they_lie_in_pages(dtype: torch.dtype, 
         untouched = sorted(set(range(PAGES)) - set(elsewhere[first // PAGE : -(-end // PAGE)]))
         assert (one.keys[untouched] == 1.0).all()
         assert (one.values[untouched] == 1.0).all()
+
+
+async def test_full_pages_are_copied_while_a_step_runs(llama: Model) -> None:
+    async with giver_and_taker(llama) as (giver, _):
+        expected = bytes(await giver.export_kv("s", 0, 2 * PAGE_TOKENS))
+        async with held_up(giver):
+            stepping = asyncio.create_task(step(giver, "s", HELD, states(1)))
+            await asyncio.sleep(0)
+            copying = asyncio.create_task(giver.copy_kv("s", 0, 2 * PAGE_TOKENS))
+            await asyncio.sleep(0)
+            giver.check_integrity()
+        await stepping
+        assert bytes(await copying) == expected
+        for first, end in ((0, HELD), (1, PAGE_TOKENS), (0, 3 * PAGE_TOKENS), (PAGE_TOKENS, PAGE_TOKENS)):
+            with pytest.raises(StepError):
+                await giver.copy_kv("s", first, end)
+        with pytest.raises(StepError, match="no such session"):
+            await giver.copy_kv("t", 0, PAGE_TOKENS)
+
+
+@pytest.mark.parametrize("how", ["rolled back", "closed", "given up"])
+async def test_what_is_copied_stays_as_it_was_whatever_becomes_of_the_session(llama: Model, how: str) -> None:
+    async with giver_and_taker(llama) as (giver, _):
+        expected = bytes(await giver.export_kv("s", 0, 2 * PAGE_TOKENS))
+        stepping: asyncio.Task[Any] | None = None
+        async with held_up(giver):
+            copying = asyncio.create_task(giver.copy_kv("s", 0, 2 * PAGE_TOKENS))
+            await asyncio.sleep(0)
+            if how == "rolled back":
+                stepping = asyncio.create_task(step(giver, "s", 5, states(3, seed=1)))
+            elif how == "closed":
+                giver.close_session("s")
+            else:
+                copying.cancel()
+            for _ in range(3):
+                await asyncio.sleep(0)
+            giver.check_integrity()
+            assert giver.stats.kv_pages_used >= 2, "the thread still reads them"
+        if stepping is not None:
+            await stepping
+        if how == "given up":
+            with pytest.raises(asyncio.CancelledError):
+                await copying
+        else:
+            assert bytes(await copying) == expected
+        await asyncio.get_running_loop().run_in_executor(giver._thread, lambda: None)
+        giver.check_integrity()
+        assert giver.stats.kv_pages_used == {"rolled back": 1, "closed": 0, "given up": 3}[how]
+
+
+async def test_nothing_is_copied_where_steps_may_need_every_page(llama: Model) -> None:
+    async with engine_of(llama, SPAN, kv_tokens=3 * PAGE_TOKENS) as engine:
+        engine.open_session("s", SPAN, 3 * PAGE_TOKENS)
+        await step(engine, "s", 0, states(HELD))
+        with pytest.raises(NoCapacity):
+            await engine.copy_kv("s", 0, PAGE_TOKENS)
+        engine.rewind("s", PAGE_TOKENS)
+        await engine.copy_kv("s", 0, PAGE_TOKENS)
+        engine.close_session("s")
+
+
+async def test_a_copy_is_taken_back_in_part_and_goes_on_bit_for_bit(llama: Model) -> None:
+    async with giver_and_taker(llama) as (giver, taker):
+        await taker.import_kv("t", 0, 40, await giver.export_kv("s", 0, 40))
+        taker.rewind("t", PAGE_TOKENS)
+        taker.check_integrity()
+        data = await giver.export_kv("s", PAGE_TOKENS, HELD)
+        await taker.import_kv("t", PAGE_TOKENS, HELD, data)
+        taker.rewind("t", 1000)
+        for given, taken in zip(await go_on(giver, "s"), await go_on(taker, "t"), strict=True):
+            assert torch.equal(given, taken)
+        with pytest.raises(StepError, match="no such session"):
+            taker.rewind("s", 0)

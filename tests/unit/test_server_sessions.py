@@ -38,7 +38,9 @@ async def test_a_session_from_open_to_close() -> None:
     async with hosting() as host:
         client = await host.client()
         opened = await ask(client, opening())
-        assert opened == Opened(session_id=ONE, dtype="float32", codec="raw", max_step_tokens=16)
+        assert opened == Opened(
+            session_id=ONE, dtype="float32", codec="raw", max_step_tokens=16, mirrors=True
+        )
         assert host.engine.kv_tokens_left == 980
         result, body = await client.call(stepping(0, 5, number=1), values(5, 1.0), timeout=5, max_body=100)
         assert result == Result(
