@@ -275,6 +275,11 @@ def _session_options(command: argparse.ArgumentParser) -> None:
         help="how activations travel: as computed, or rounded to 16 or 8 bits (default: %(default)s)",
     )
     add(
+        "--standby",
+        action="store_true",
+        help="have every server copy what it holds of a session to another one, which goes on if it is lost",
+    )
+    add(
         "--journal-memory",
         type=cli.size,
         default=defaults.journal_memory,

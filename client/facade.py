@@ -135,6 +135,7 @@ class Swarm:
             likeliest=self._likeliest,
             pushes=sessions.push,
             auditor=self._auditor,
+            standbys=sessions.standby,
         )
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="client-compute")
         self._resources = resources or AsyncExitStack()

@@ -31,7 +31,11 @@ class RemoteFault(HopError):
         super().__init__(hop, reason, "Try again: the next route will avoid this peer.")
 
 
-class SessionLost(RemoteFault):
+class Gone(RemoteFault):
+    """The peer is gone, or says nothing: what it gave before is none the worse for that."""
+
+
+class SessionLost(Gone):
     """The session ended at the peer: it is gone, or ended what was idle for long. A new session will tell."""
 
 
@@ -66,6 +70,13 @@ class NotAdmittedThere(RequestRefused):
     advice = "Ask its operator to allow that id; with --identity FILE it stays the same."
 
 
+class Misled(HopError):
+    """What the peer holds may be wrong, by no fault of its own: one that gives wrong results made it."""
+
+    def __init__(self, hop: Hop):
+        super().__init__(hop, "holds what another server made that gave wrong results", "Try again.")
+
+
 @contextmanager
 def blaming(hop: Hop) -> Iterator[None]:
     """Turn what the network raises while talking to `hop` into one of the three kinds."""
@@ -74,9 +85,9 @@ def blaming(hop: Hop) -> Iterator[None]:
     except Refused as refused:
         raise refusal(hop, refused.error) from refused
     except CallTimeout as timeout:
-        raise RemoteFault(hop, "did not answer in time") from timeout
+        raise Gone(hop, "did not answer in time") from timeout
     except PeerUnreachable as unreachable:
-        raise RemoteFault(hop, "cannot be reached") from unreachable
+        raise Gone(hop, "cannot be reached") from unreachable
     except StreamClosed as closed:
         raise SessionLost(hop, "closed the connection") from closed
     except FrameError as broken:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from swarm.client.faults import HopError, RemoteFault, blaming, refusal
+from swarm.client.faults import Gone, HopError, RemoteFault, blaming, refusal
 from swarm.client.route import Hop
 from swarm.errors import SwarmError
 from swarm.net.calls import MessageStream
@@ -20,6 +20,7 @@ from swarm.net.messages import (
     Error,
     HandedOver,
     Linked,
+    Mirrored,
     Open,
     Opened,
     Ping,
@@ -99,7 +100,7 @@ class HopStream:
                 async with asyncio.timeout(self._deadlines.for_step(step.shape[0])):
                     await self._calls.send(step, body)
         except TimeoutError:
-            raise RemoteFault(self._hop, "takes nothing any more") from None
+            raise Gone(self._hop, "takes nothing any more") from None
 
     async def ping(self) -> int | None:
         """The number of the newest step that the hop has taken up; None if it says other things first.
@@ -117,7 +118,7 @@ class HopStream:
                     return (await self._pongs[nonce]).taken
         except TimeoutError:
             if self._heard == heard:
-                raise RemoteFault(self._hop, "does not answer any more") from None
+                raise Gone(self._hop, "does not answer any more") from None
             return None
         finally:
             del self._pongs[nonce]
@@ -137,7 +138,7 @@ class HopStream:
                         await self._calls.send(asked)
                         answer = await self._answer
             except TimeoutError:
-                raise RemoteFault(self._hop, "did not answer in time") from None
+                raise Gone(self._hop, "did not answer in time") from None
             finally:
                 self._answer = None
         if isinstance(answer, Error):
@@ -186,7 +187,7 @@ class HopStream:
             case Pong():
                 if (pong := self._pongs.get(message.nonce)) is not None and not pong.done():
                     pong.set_result(message)
-            case Linked() | HandedOver() | Closed() | Error(number=None):
+            case Linked() | HandedOver() | Mirrored() | Closed() | Error(number=None):
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(message)
             case _:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm.client.faults import HopError, RemoteFault, refusal
+from swarm.client.copied import Copied
+from swarm.client.faults import HopError, RemoteFault, RequestRefused, refusal
 from swarm.client.hop_stream import Deadlines, HopStream
 from swarm.client.inputs import Wired
 from swarm.client.page_chain import PageChain
@@ -24,9 +25,12 @@ from swarm.net.messages import (
     Error,
     HandedOver,
     HandOver,
+    Held,
     Leaving,
     Link,
     Linked,
+    Mirror,
+    Mirrored,
     Open,
     Opened,
     ResponseType,
@@ -34,7 +38,7 @@ from swarm.net.messages import (
     Step,
     Unfed,
 )
-from swarm.net.transport import Transport
+from swarm.net.transport import PeerId, Transport
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -131,7 +135,8 @@ class Leg:
     there is a `fault` it is of no use any more. `onward` is the leg whose hop it passes steps to, `linking`
     the one with which that is being tried. Steps are not to be sent before `resume_at`, since the hop has had
     no room for them since `busy_since`. A hop without a `chain` is told no keys of pages. What it gave to an
-    audited session is its `testimony`.
+    audited session is its `testimony`. What it holds may have come from the peers `given_by`. Where it is
+    copied to a standby, both know how far that is by `copied`.
     """
 
     def __init__(self, hop: Hop, chain: PageChain | None, deadlines: Deadlines, clock: Callable[[], float]):
@@ -152,6 +157,9 @@ class Leg:
         self.resume_at = 0.0
         self.busy_since: float | None = None
         self.testimony: Testimony | None = None
+        self.given_by: frozenset[PeerId] = frozenset()
+        self.copied: Copied | None = None
+        self._newest = 0
         self._clock = clock
         self._asked: Asked
         self._listener: Listener
@@ -181,7 +189,9 @@ class Leg:
     def max_chunk(self) -> int:
         return min(self.opened.max_step_tokens, MAX_CHUNK)
 
-    async def open(self, transport: Transport, asked: Asked, listener: Listener) -> None:
+    async def open(
+        self, transport: Transport, asked: Asked, listener: Listener, *, is_standby: bool = False
+    ) -> None:
         """
         Raises:
             RemoteFault, NoCapacity, RequestRefused: see `swarm.client.faults`.
@@ -199,12 +209,15 @@ class Leg:
             page_keys=keys,
             wire=asked.wire,
             vouch=asked.vouch,
+            standby=is_standby,
         )
         opened = await self._stream.open(transport, message)
         if opened.dtype == "uint32" or opened.session_id != self.session_id:
             raise RemoteFault(self.hop, "answered the opening of a session with something else")
         if opened.held > len(keys) // KEY_BYTES * PAGE_TOKENS:
             raise RemoteFault(self.hop, "says it holds more of a new session than it was asked for")
+        if is_standby and not opened.mirrors:
+            raise RequestRefused(self.hop, "knows no standbys")
         if asked.audited and opened.held and self.block:
             raise RemoteFault(self.hop, "says it holds what it was never brought")
         self.opened = opened
@@ -215,8 +228,9 @@ class Leg:
 
     def expect(self, pending: Pending) -> None:
         """The hop will be brought this step, and is to answer it."""
+        self._cut(pending.start)
         self.pending[pending.number] = pending
-        self.sent = pending.end
+        self.sent, self._newest = pending.end, pending.number
         if self.testimony is not None and pending.is_pushed:
             self.testimony.was_fed = True
 
@@ -232,7 +246,7 @@ class Leg:
     def rewind(self, length: int) -> None:
         """What the hop holds from position `length` on is not wanted any more."""
         self.length = min(self.length, length)
-        self.sent = min(self.sent, length)
+        self._cut(length)
         if self.testimony is not None:
             self.testimony.cut(length)
         for pending in self.pending.values():
@@ -241,7 +255,7 @@ class Leg:
     def give_up_from(self, number: int) -> None:
         """Expect no answers to steps of that number or a later one."""
         self.pending = {own: pending for own, pending in self.pending.items() if own < number}
-        self.sent = max([self.length, *(pending.valid_end for pending in self.pending.values())])
+        self._cut(max([self.length, *(pending.valid_end for pending in self.pending.values())]))
 
     def late_since(self) -> tuple[float, Pending] | None:
         """When the hop can have begun with the oldest step it owes an answer to; None if that is unknown."""
@@ -298,11 +312,40 @@ class Leg:
         assert isinstance(answer, HandedOver)
         return answer.tokens
 
-    def adopted(self, tokens: int) -> None:
-        """The hop was given what another one held of the first `tokens` tokens."""
+    async def mirror(self, standby: "Leg") -> None:
+        """Let the hop copy what it holds to `standby`'s from now on.
+
+        Raises:
+            HopError: it cannot.
+        """
+        self.copied = standby.copied = Copied(self._newest, self.sent)
+        asked = Mirror(
+            session_id=self.session_id,
+            peer=standby.hop.peer,
+            addresses=standby.hop.announcement.addresses,
+            to_session=standby.session_id,
+        )
+        await self._stream.ask(asked, Mirrored, self.deadlines.link)
+
+    async def ping(self) -> None:
+        """Show the hop that somebody is there still, and see that it is.
+
+        Raises:
+            RemoteFault: it says nothing any more.
+        """
+        await self._stream.ping()
+
+    def adopted(self, tokens: int, source: "Leg") -> None:
+        """The hop was given what that of `source` held of the first `tokens` tokens."""
         self.length = self.sent = tokens
+        self.given_by = source.given_by | {source.hop.peer}
         if self.testimony is not None:
             self.testimony.whole = False
+
+    def stand_in(self, tokens: int, source: "Leg", listener: Listener) -> None:
+        """The standby takes the place of `source`'s, of which it holds a copy of `tokens` tokens."""
+        self._listener, self.copied, self.is_unfed = listener, None, False
+        self.adopted(tokens, source)
 
     async def close(self) -> None:
         """Say goodbye, waiting a moment at most."""
@@ -324,6 +367,13 @@ class Leg:
             self.abort()
             self._listener.on_news(self)
 
+    def _cut(self, length: int) -> None:
+        """The hop will hold nothing from `length` on until it is brought that."""
+        if length < self.sent:
+            self.sent = length
+            if self.copied is not None:
+                self.copied.cut(self._newest, length)
+
     def _on_end(self, reason: Exception) -> None:
         if isinstance(reason, HopError):
             self.fail(reason)
@@ -344,6 +394,8 @@ class Leg:
             case Unfed():
                 self.is_unfed = True
                 self._listener.on_news(self)
+            case Held() if self.copied is not None:
+                self.copied.told(message.taken, message.tokens)
             case Leaving():
                 self.is_leaving = True
                 self._listener.on_news(self)

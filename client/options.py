@@ -159,6 +159,7 @@ class SessionKeywords(TypedDict, total=False):
 
     push: bool
     wire: Wire
+    standby: bool
     journal_memory: int
     journal_disk: int
     trust_first_last: Sequence[str] | None
@@ -172,9 +173,10 @@ class SessionKeywords(TypedDict, total=False):
 class SessionOptions:
     """How a client's sessions travel, and what it keeps for the loss of a server.
 
-    With `push` servers pass steps on to each other where they can. Activations travel as `wire` says. What
-    went between servers is kept in `journal_memory` bytes, and `journal_disk` more in a temporary file, for
-    all sessions together; what does not fit is computed again where it is needed.
+    With `push` servers pass steps on to each other where they can. Activations travel as `wire` says. With
+    `standby` each server copies what it holds of a session to another one, which goes on should it be lost.
+    What went between servers is kept in `journal_memory` bytes, and `journal_disk` more in a temporary file,
+    for all sessions together; what does not fit is computed again where it is needed.
 
     Where `trust_first_last` names peers, they alone run the first `trust_depth` blocks and as many last ones:
     near the ends activations tell the text most easily. No peer runs more than `max_share` of all blocks.
@@ -189,6 +191,7 @@ class SessionOptions:
 
     push: bool = True
     wire: Wire = "exact"
+    standby: bool = False
     journal_memory: int = 256 * 2**20
     journal_disk: int = 4 * 2**30
     trust_first_last: Sequence[str] | None = None

@@ -1,8 +1,8 @@
 """Other hops in the place of those that are lost or about to leave, and links between all of them.
 
-What a lost hop held is computed again by those that take its place, from the journal of what went into it;
-a hop that leaves hands it over. Owns who is asked, and what they are told of what came before; that the work
-is then done is the relay's business.
+What a lost hop held is computed again by those that take its place, from the journal of what went into it; a
+hop that leaves hands it over, and where a hop had a standby, that holds most of it. Owns who is asked, and
+what they are told of what came before; that the work is then done is the relay's business.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from swarm.client.leg import Asked, Leg
 from swarm.client.page_chain import chain_for
 from swarm.client.relay import Relay
 from swarm.client.route import Hop
+from swarm.client.standbys import Scout, Standbys
 from swarm.dht.announcement import Announcement
 from swarm.errors import SwarmError
 from swarm.net.transport import PeerId, Transport
@@ -41,20 +42,21 @@ LEAVING_AVOIDED = 60.0
 MOVE_PATIENCE = 3.0
 """Seconds in which a place must be found for what a leaving hop holds."""
 
+SOON_COMPUTED = 64
+"""Tokens that are computed again sooner than all are handed over."""
+
 LEAVES = "is about to leave"
 
 Likeliest: TypeAlias = Callable[[Tensor], Awaitable[list[int]]]
 
 
-class Router(Protocol):
+class Router(Scout, Protocol):
     """What must be known of the swarm's routes; `swarm.client.routes.Routes` does."""
 
     @property
     def timeout(self) -> float: ...
 
     def judge(self, fault: HopError) -> None: ...
-
-    def judge_opening(self, fault: HopError) -> None: ...
 
     async def detour(
         self, span: Span, tokens: int, *, like: Announcement, timeout: float, beside: Iterable[Hop]
@@ -73,9 +75,9 @@ class Environment:
 
     By `secret`, 64 bytes at most, later sessions find what hops keep of this client's. `store` keeps what is
     needed when hops are lost. With `pushes` hops pass steps on to each other where they can. Some sessions
-    are audited by `auditor`, if there is one. `embed` serves
-    first hops that take no token ids, `likeliest` last ones that give none: it makes hidden states
-    [rows, hidden] the likeliest token after each.
+    are audited by `auditor`, if there is one. With `standbys` hops copy what they hold to others that can
+    take their place. `embed` serves first hops that take no token ids, `likeliest` last ones that give none:
+    it makes hidden states [rows, hidden] the likeliest token after each.
     """
 
     transport: Transport
@@ -87,14 +89,15 @@ class Environment:
     likeliest: Likeliest
     pushes: bool = True
     auditor: Auditor | None = None
+    standbys: bool = False
 
 
 class Recovery:
     """Keeps the legs of `relay` whole.
 
     `count` is how often a hop was replaced, `replayed_tokens` how many tokens were computed again for that,
-    counted once a hop, and `handed_over_tokens` how many were not since leaving hops gave them. `changes` say
-    what was replaced by what.
+    counted once a hop, `handed_over_tokens` how many were not since leaving hops gave them, and
+    `stood_in_tokens` how many since standbys held them. `changes` say what was replaced by what.
     """
 
     def __init__(self, relay: Relay, environment: Environment):
@@ -102,6 +105,7 @@ class Recovery:
         self.count = 0
         self.replayed_tokens = 0
         self.handed_over_tokens = 0
+        self.stood_in_tokens = 0
         self._relay = relay
         self._environment = environment
         self._router = environment.router
@@ -109,6 +113,12 @@ class Recovery:
         self._refusals = 0
         self._failing_since: float | None = None
         self._linking: set[asyncio.Task[None]] = set()
+        self._standbys = Standbys(relay, self._router, environment.transport, environment.deadlines)
+
+    @property
+    def copied_tokens(self) -> int:
+        """Tokens that hops have copied to standbys."""
+        return self._standbys.copied_tokens
 
     def leg(self, hops: Sequence[Hop]) -> Leg:
         """A leg to the last of `hops`, a route's first ones."""
@@ -130,6 +140,12 @@ class Recovery:
         for leg in lost:
             assert leg.fault is not None
             self._judge(leg.fault, is_over=clock() >= deadline)
+        for leg in lost:
+            assert leg.fault is not None
+            if (standby := self._standing_in(leg)) is not None:
+                self.changes.lost([leg.hop], leg.fault.reason)
+                self._put_in(leg, standby)
+                self.changes.taken([standby.hop])
         while (gone := self._lost()) is not None:
             try:
                 await self._replace_lost(*gone, asked, deadline - clock())
@@ -154,6 +170,15 @@ class Recovery:
                 logger.info("a leaving hop's session cannot be moved yet: %s", error)
         self.link()
 
+    def stand_by(self, asked: Asked, length: int) -> None:
+        """Have standbys for the hops of a session of `length` tokens from some moment on, if wanted."""
+        if self._environment.standbys:
+            self._standbys.seek(asked, length)
+
+    def distrust(self, peer: PeerId) -> None:
+        """`peer` gives wrong results: it shall not stand in for anybody."""
+        self._standbys.distrust(peer)
+
     def link(self) -> None:
         """Let hops pass steps on by themselves wherever they can, from some moment on."""
         for source, target in pairwise(self._relay.legs):
@@ -165,6 +190,7 @@ class Recovery:
                 task.add_done_callback(self._linking.discard)
 
     def close(self) -> None:
+        self._standbys.close()
         for task in self._linking:
             task.cancel()
 
@@ -228,6 +254,22 @@ class Recovery:
             raise
         return legs
 
+    def _standing_in(self, leg: Leg, *, lacking: int | None = None) -> Leg | None:
+        """The leg's standby, ready to take its place, if there is one that lacks so many tokens at most."""
+        tokens = self._standbys.held(leg)
+        if not tokens or (lacking is not None and leg.length - tokens > lacking):
+            return None
+        standby = self._standbys.take(leg)
+        self._note_replaced(leg.block)
+        standby.stand_in(tokens, leg, self._relay)
+        self.stood_in_tokens += tokens
+        logger.info("a standby has %d tokens of those that peer %s held", tokens, leg.hop.peer)
+        return standby
+
+    def _put_in(self, leg: Leg, other: Leg) -> None:
+        at = self._relay.legs.index(leg)
+        self._replace(at, at + 1, [other])
+
     def _replace(self, first: int, end: int, legs: Sequence[Leg]) -> None:
         self.count += 1
         known = max(leg.length for leg in self._relay.legs[first:end])
@@ -238,6 +280,10 @@ class Recovery:
 
     async def _move(self, leg: Leg, asked: Asked) -> None:
         hop = leg.hop
+        if (standby := self._standing_in(leg, lacking=SOON_COMPUTED)) is not None:
+            self._put_in(leg, standby)
+            self.changes.moved(hop, LEAVES, [standby.hop])
+            return
         hops = await self._router.detour(
             hop.span,
             asked.max_tokens,
@@ -254,7 +300,7 @@ class Recovery:
         if _are_alike(hops, hop):
             try:
                 tokens = await leg.hand_over(legs[0])
-                legs[0].adopted(min(tokens, leg.length))
+                legs[0].adopted(min(tokens, leg.length), leg)
                 self.handed_over_tokens += legs[0].length
             except HopError as fault:
                 logger.info("a session is replayed, since it was not handed over: %s", fault)

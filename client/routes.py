@@ -45,6 +45,9 @@ ROUTE_PAUSE = 1.0
 WAKING_PATIENCE = 15.0
 """Seconds that a peer which sleeps has to answer."""
 
+HURRY_PERIOD = 2.0
+"""Seconds after which the directory may be asked to look for newcomers once more, who may be standbys."""
+
 RTT_PATIENCE = 1.5
 """Seconds that a new client waits at most for the round trips to its servers to be measured."""
 
@@ -97,6 +100,7 @@ class Routes:
         self._limits = privacy.limits(model.num_blocks)
         self._on_waiting = on_waiting
         self._experience = Experience()
+        self._hurried_at = -HURRY_PERIOD
         self._viewed: list[Announcement] = []
         self._view = View.of(self._viewed)
 
@@ -150,6 +154,29 @@ class Routes:
             return self._find(span, tokens, demand, self.costs(like), limits)
 
         return (await self._until_found(find, timeout)).hops
+
+    def standby_for(
+        self, hop: Hop, tokens: int, *, beside: Iterable[Hop], left_out: Iterable[PeerId]
+    ) -> Hop | None:
+        """The fastest other hop that can go on with what `hop` holds, as it is; None if there is none now.
+
+        None of the peers `left_out`. The session's other blocks are run, or stood by for, by the hops
+        `beside`. Where there is none, the directory looks for newcomers soon.
+        """
+        limits = self._limits.beside((other.peer, other.span) for other in beside)
+        alike = _form(hop.announcement)
+        asked = dict.fromkeys([hop.peer, *left_out], "has been asked")
+        for one in self._directory.announcements:
+            if _form(one) != alike or not one.span.covers(hop.span):
+                asked[one.peer_id] = "cannot hold what that hop holds"
+        try:
+            hops = self._find(hop.span, tokens, ONE_TOKEN, self.costs(), limits, asked).hops
+        except NoRoute:
+            if self._now() >= self._hurried_at + HURRY_PERIOD:
+                self._hurried_at = self._now()
+                self._directory.hurry()
+            return None
+        return hops[0] if len(hops) == 1 else None
 
     def better(self, route: Route, demand: Demand) -> Route | None:
         """Another route that a session on `route` is clearly better off on, None if there is none.

@@ -18,7 +18,7 @@ from swarm.client.auditor import Case
 from swarm.client.changes import Change
 from swarm.client.concurrently import concurrently
 from swarm.client.experience import LIED
-from swarm.client.faults import HopError, RemoteFault
+from swarm.client.faults import HopError, Misled, RemoteFault
 from swarm.client.inputs import Inputs, Wired
 from swarm.client.leg import Asked, HopTimes
 from swarm.client.recovery import Environment, Recovery
@@ -125,6 +125,16 @@ class Session:
         return self._recovery.handed_over_tokens
 
     @property
+    def stood_in_tokens(self) -> int:
+        """Tokens that standbys held which took the place of lost hops."""
+        return self._recovery.stood_in_tokens
+
+    @property
+    def copied_tokens(self) -> int:
+        """Tokens that hops have copied to standbys."""
+        return self._recovery.copied_tokens
+
+    @property
     def journal_bytes(self) -> int:
         """What is kept of the sequence for the loss of a hop, in memory and on disk."""
         return self._inputs.bytes
@@ -182,9 +192,14 @@ class Session:
 
     def distrust(self, peer: PeerId) -> None:
         """`peer` gives wrong results: others take its place, and what came of those is computed again."""
+        self._recovery.distrust(peer)
         for leg in self._relay.legs:
-            if self.is_open and leg.hop.peer == peer and leg.fault is None:
+            if not self.is_open or leg.fault is not None:
+                continue
+            if leg.hop.peer == peer:
                 self._relay.distrust(leg, RemoteFault(leg.hop, LIED))
+            elif peer in leg.given_by:
+                self._relay.distrust(leg, Misled(leg.hop))
 
     async def _last_cases(self, scrutiny: Scrutiny) -> list[Case]:
         try:
@@ -231,6 +246,7 @@ class Session:
                     else:
                         break
                 self._recovery.has_healed()
+                self._recovery.stand_by(self._asked, len(self._tokens))
                 if self._scrutiny is not None and self._scrutiny.is_due(len(self._tokens)):
                     with suppress(LookupError):  # the journals may not hold any more what went in
                         await self._scrutiny.look(self._relay.legs, self._tokens)

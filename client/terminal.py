@@ -45,6 +45,7 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
             on_waiting=waiting_reporter(quiet=args.json),
             push=args.push,
             wire=args.wire,
+            standby=args.standby,
             journal_memory=args.journal_memory,
             journal_disk=args.journal_disk,
             trust_first_last=args.trust_first_last,

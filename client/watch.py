@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from swarm.client.faults import HopError, RemoteFault
+from swarm.client.faults import Gone, HopError
 from swarm.client.leg import Leg
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ class Watch:
         now = self._clock()
         self._excused[leg] = now + leg.patience(pending.tokens)
         if now - since > leg.deadlines.for_step(pending.tokens):
-            leg.fail(RemoteFault(leg.hop, "did not answer in time"))
+            leg.fail(Gone(leg.hop, "did not answer in time"))
         elif not has_it and pending.is_pushed:
             logger.info("a step did not come through to peer %s: it is brought there", leg.hop.peer)
             self._on_not_taken(leg)
         elif not has_it:
-            leg.fail(RemoteFault(leg.hop, "did not take up a step"))
+            leg.fail(Gone(leg.hop, "did not take up a step"))

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from swarm.client.options import SessionOptions
 from swarm.errors import SwarmError
 from swarm.net import messages
 from swarm.net.messages import AnyMessage, Error, Opened, Result
@@ -93,13 +94,19 @@ KINDS: dict[type[messages.Message], Disturb] = {
     messages.Leaving: leaving,
     messages.HandOver: leaving,
     messages.HandedOver: leaving,
+    messages.Mirror: killed,
+    messages.Mirrored: killed,
     messages.Adopt: leaving,
     messages.Adopted: leaving,
+    messages.Held: killed,
     messages.Close: undisturbed,
     messages.Closed: undisturbed,
     messages.Error: refusing,
 }
 """In which disturbance each message is said."""
+
+OF_STANDBYS = {messages.Mirror, messages.Mirrored, messages.Held}
+"""What is said only where there are standbys."""
 
 
 async def run(
@@ -107,8 +114,9 @@ async def run(
     disturb: Disturb = undisturbed,
     spans: dict[str, Span] = SIX,
     ask: Callable[[Toy], Awaitable[object]] = answer,
+    **options: Any,
 ) -> Any:
-    async with trial(spans, faults) as toy:
+    async with trial(spans, faults, **options) as toy:
         disturb(toy)
         return await ask(toy)
 
@@ -119,7 +127,8 @@ def test_each_message_may_be_struck(kind: type[messages.Message], act: Act) -> N
     often = KINDS[kind] is undisturbed
     for skip, seconds in ((0, 0.015), (1, 5.0))[: 2 if often else 1]:
         faults = Faults(skip, [Rule(act, kind, skip=skip, seconds=seconds)])
-        run_stepping(run(faults, KINDS[kind]))
+        sessions = SessionOptions(standby=kind in OF_STANDBYS)
+        run_stepping(run(faults, KINDS[kind], sessions=sessions))
         assert faults.seen[kind.__name__] > 0, "the message is never said"
         assert skip or faults.log, "the fault never struck"
 

@@ -1,7 +1,8 @@
 """Sessions on real engines whose hops are lost, hang or leave: they answer as if nothing had happened."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from swarm.blocks.engine import Engine, EngineConfig
 from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
+from swarm.client.draft_model import DraftModel
 from swarm.client.experience import PUSH_REST
 from swarm.client.facade import Swarm
-from swarm.client.options import SessionOptions
+from swarm.client.options import GenerationOptions, SamplingOptions, SessionOptions
 from swarm.client.session import Session
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.joining import Network
@@ -26,11 +28,13 @@ from swarm.net.virtual_time import VirtualTimeLoop, in_virtual_time
 from swarm.net.wire import Link
 from swarm.server.server import Server, Shard
 from swarm.spans import Span
+from tests.tiny import tiny_model
 
 LAN = Link(latency=0.02, bandwidth=1e7)
 KV_TOKENS = 416
 PROMPT = [5 + i * 11 % 90 for i in range(150)]
 NEW_TOKENS = 12
+SAMPLED = SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=11)
 
 
 class Silent:
@@ -236,6 +240,67 @@ def test_a_hop_that_leaves_hands_the_session_over(
                 assert not session.replayed_tokens
 
     disturbed()
+
+
+@pytest.mark.parametrize(("at", "when", "push"), [(0, 5, True), (1, 5, True), (1, 8, False), (2, 5, True)])
+def test_a_hop_that_dies_is_replaced_by_its_standby(
+    model: Model, undisturbed: list[int], at: int, when: int, push: bool
+) -> None:
+    def kill(swarm: Several, session: Session, number: int) -> None:
+        if number == when:
+            swarm.place(session, at).kill()
+
+    @in_virtual_time
+    async def disturbed() -> None:
+        options = SessionOptions(push=push, standby=True)
+        async with several(model, TWICE, sessions=options) as swarm:
+            session = await swarm.open(200)
+            assert await answer(swarm, kill, session) == undisturbed
+            assert (session.recoveries, session.stood_in_tokens) == (1, 128)
+            assert session.replayed_tokens <= len(PROMPT) + when - 128
+
+    disturbed()
+
+
+@pytest.mark.parametrize("sampling", [SamplingOptions(), SAMPLED])
+@pytest.mark.parametrize("seed", range(4))
+def test_standbys_change_no_token_whoever_dies_and_whatever_is_drafted(
+    model: Model, sampling: SamplingOptions, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts are mostly wrong, so what was copied is rolled back again and again."""
+    monkeypatch.setattr(DraftModel, "took", lambda *_: None)
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True, sampling=sampling)
+    rng = random.Random(seed)
+    times = sorted(rng.sample(range(5, 30), 2))
+
+    @in_virtual_time
+    async def tokens(is_disturbed: bool) -> tuple[Sequence[int], Session]:
+        drafts = DraftModel(tiny_model("Llama", 1), 128)
+        drafts.seconds_each = 0.001
+        own = SessionOptions(standby=True)
+        thrice = TWICE | {"g": Span(0, 2), "h": Span(2, 4), "i": Span(4, 6)}
+        async with several(model, thrice, sessions=own, draft_model=drafts) as swarm:
+            chat = swarm.client.conversation(room=220)
+            stream = swarm.client.stream_tokens(PROMPT, options, chat)
+            count = 0
+            async for _ in stream:
+                count += 1
+                assert chat.session is not None
+                if is_disturbed and times and count >= times[0]:
+                    times.pop(0)
+                    swarm.place(chat.session, rng.randrange(3)).kill()
+            assert stream.generation is not None
+            session = chat.session
+            assert session is not None
+            await chat.close()
+            drafts.close()
+            return stream.generation.token_ids, session
+
+    expected, _ = tokens(False)
+    found, session = tokens(True)
+    assert found == expected
+    assert session.recoveries >= 1
+    assert session.stood_in_tokens
 
 
 def test_several_hops_die_at_once(model: Model, undisturbed: list[int]) -> None:
