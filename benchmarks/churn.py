@@ -1,13 +1,15 @@
 """Servers come and go while people talk: six servers, two for each third of the model, and eight clients.
 
-    python -m benchmarks.churn [--minutes 20] [--seed N] [--polite] [--json FILE]
+    python -m benchmarks.churn [--minutes 20] [--seed N] [--polite] [--standby] [--settled S] [--json FILE]
 
 Each client answers its prompt undisturbed first, some greedily and some by sampling with a seed, and then
 again and again, while every few seconds a server at random is killed with SIGKILL, its libp2p daemon too, and
 started anew as another peer; never both that hold a third. Every answer must be the undisturbed one, to the
-token. `--polite` asks servers to leave (SIGTERM) instead. A pause is the longest time without news in an
-answer around the loss of a server that it ran on; what it is held against is how long such a server takes, at
-that time, to prefill what it held. Ends with a summary, and exit code 1 if an answer failed or differed.
+token. `--polite` asks servers to leave (SIGTERM) instead; with `--standby` servers copy what they hold to
+each other, so that less is computed again, for which `--settled` leaves them some seconds. A pause is the
+longest time without news in an answer around the loss of a server that it ran on; what it is held against is
+how long such a server takes, at that time, to prefill what it held. Ends with a summary, and exit code 1 if
+an answer failed or differed.
 """
 
 import os
@@ -64,6 +66,8 @@ class Churn:
     tokens: int = 200
     period: float = 5.0
     polite: bool = False
+    standby: bool = False
+    settled: float = 0.0
 
 
 async def run(churn: Churn, logs: Path) -> dict[str, Any]:
@@ -102,7 +106,9 @@ async def talkers_of(model: Model, churn: Churn, seats: Seats, tally: Tally) -> 
     async with AsyncExitStack() as stack:
         talkers = []
         for number, prompt in enumerate(prompts):
-            joining = swarm.connect(seats.addresses, model.name, dtype=churn.dtype, timeout=PATIENCE)
+            joining = swarm.connect(
+                seats.addresses, model.name, dtype=churn.dtype, timeout=PATIENCE, standby=churn.standby
+            )
             client = await stack.enter_async_context(joining)
             sampling = SamplingOptions(temperature=0.8, seed=number) if number % 2 else SamplingOptions()
             options = GenerationOptions(churn.tokens, sampling, ignore_eos=True)
@@ -132,7 +138,7 @@ async def lose_servers(churn: Churn, seats: Seats, talkers: Sequence[Talker], ta
         due = loop.time() + churn.period
         while True:
             await asyncio.sleep(max(0.0, due - loop.time()))
-            seat = rng.choice(await seats.wait_can_lose())
+            seat = rng.choice(await seats.wait_can_lose(churn.settled))
             tally.losses.append(loss_of(seat, talkers))
             due = max(due + churn.period, loop.time())
             tasks.create_task(lose(seat, seats, churn.polite, tally), name=f"lose {seat.name}")
@@ -234,6 +240,13 @@ def main() -> int:
     parser.add_argument("--dtype", default=Churn.dtype, help="of servers and clients; default: %(default)s")
     parser.add_argument("--period", type=float, default=Churn.period, help="seconds between losses")
     parser.add_argument("--polite", action="store_true", help="ask servers to leave instead of killing them")
+    parser.add_argument("--standby", action="store_true", help="have servers copy sessions to each other")
+    parser.add_argument(
+        "--settled",
+        type=float,
+        default=Churn.settled,
+        help="lose no server before another one has served its blocks for so many seconds",
+    )
     parser.add_argument("--json", type=Path, help="also write the summary here")
     parser.add_argument("--logs", type=Path, default=Path("build/churn"), help="folder for the servers' logs")
     args = parser.parse_args()
@@ -246,6 +259,8 @@ def main() -> int:
         tokens=args.tokens,
         period=args.period,
         polite=args.polite,
+        standby=args.standby,
+        settled=args.settled,
     )
     args.logs.mkdir(parents=True, exist_ok=True)
     found = uvloop.run(run(churn, args.logs))

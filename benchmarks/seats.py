@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from benchmarks.servers import STARTING, kill, server_process
@@ -29,6 +29,7 @@ class Seat:
         self.name = name
         self.peer: PeerId | None = None
         self.addresses: list[str] = []
+        self.serves_since = 0.0
         self.servers: list[ServerProcess] = []
         self.loading_seconds: list[float] = []
         self._new_server = new_server
@@ -44,7 +45,7 @@ class Seat:
         """Return when the server that was started serves."""
         said = await self.servers[-1].wait_for("listening", STARTING)
         await self.servers[-1].wait_for("serving", STARTING)
-        self.peer = said["peer"]
+        self.peer, self.serves_since = said["peer"], time.monotonic()
 
     async def end(self, *, politely: bool) -> None:
         """End the server with all it has started: at once, or by asking it to leave, which takes a while."""
@@ -71,16 +72,19 @@ class Seats:
         """Where the swarm can be joined by now."""
         return [address for seat in self.all for address in seat.addresses]
 
-    def can_lose(self) -> list[Seat]:
-        """Seats whose span would still be served without them."""
-        serving = [seat for seat in self.all if seat.peer]
+    def can_lose(self, settled: float = 0.0) -> list[Seat]:
+        """Seats whose span would still be served without them, and was by two for so many seconds."""
+        since = time.monotonic() - settled
+        serving = [seat for seat in self.all if seat.peer and seat.serves_since <= since]
         return [seat for seat in serving if any(one.span == seat.span and one is not seat for one in serving)]
 
-    async def wait_can_lose(self) -> list[Seat]:
+    async def wait_can_lose(self, settled: float = 0.0) -> list[Seat]:
         """`can_lose`, once there are some."""
-        while not (found := self.can_lose()):
+        while not (found := self.can_lose(settled)):
             self._news.clear()
-            await self._news.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5 if settled else None):
+                    await self._news.wait()
         return found
 
     async def fill(self) -> None:

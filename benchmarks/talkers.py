@@ -105,6 +105,8 @@ class Talker:
             self._tally.counts["recoveries"] += session.recoveries
             self._tally.counts["tokens replayed"] += session.replayed_tokens
             self._tally.counts["tokens handed over"] += session.handed_over_tokens
+            self._tally.counts["tokens copied"] += session.copied_tokens
+            self._tally.counts["tokens stood in for"] += session.stood_in_tokens
             self._tally.journal_bytes.append(session.journal_bytes)
 
     def _compare(self, given: tuple[int, ...]) -> None:
