@@ -56,7 +56,7 @@ class Scale:
     servers: tuple[int, ...]
     hours: float
     seed: int
-    small: int = 12
+    small: int = 40
     whole_minutes: float = 400.0
     loads: tuple[float, ...] = LOADS
 
