@@ -144,7 +144,7 @@ def _what_is_not_known(route: Route, costs: Costs) -> Iterator[str]:
         name = label(hop.announcement)
         if costs.rtt(hop.peer) is None:
             yield (
-                f"Nothing is known of the distance to {name}, which did not answer:"
+                f"Nothing is known of the distance to {name}, which was not pinged or did not answer:"
                 f" {DEFAULT_RTT * 1000:.0f} ms are assumed."
             )
         if not hop.announcement.throughput.decode:

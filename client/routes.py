@@ -25,6 +25,7 @@ from swarm.client.waking import wake
 from swarm.client.witnesses import choose_witness
 from swarm.dht.announcement import Announcement
 from swarm.dht.directory import Directory
+from swarm.dht.rtts import MAX_PEERS
 from swarm.errors import SwarmError
 from swarm.net.transport import PeerId, Transport, TransportError
 from swarm.spans import Span
@@ -408,8 +409,13 @@ class Routes:
         return present if len(present) == len(said) else None
 
     def _knows_distances(self) -> bool:
-        serving = (server for server in self._directory.announcements if server.state == "serving")
-        return all(self._directory.rtt(server.peer_id) is not None for server in serving)
+        """Whether the servers were pinged, or as many of them as ever are."""
+        peers = {server.peer_id for server in self._directory.announcements if server.state == "serving"}
+        pinged = sum(map(self._was_pinged, peers))
+        return pinged >= min(len(peers), MAX_PEERS)
+
+    def _was_pinged(self, peer: PeerId) -> bool:
+        return self._directory.rtt(peer) is not None or self._directory.is_missing(peer)
 
     def _judge(self, fault: HopError, *, was_open: bool) -> None:
         if self.failure is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from swarm.client.faults import HopError, NoCapacity, RemoteFault, RequestRefused, SessionLost
 from swarm.client.route import Hop, NoRoute, Route
-from swarm.client.routes import Routes
+from swarm.client.routes import RTT_PATIENCE, Routes
 from swarm.dht.announcement import Announcement, Throughput
 from swarm.net.memory import MemoryNetwork
 from swarm.net.transport import PeerId, TransportError
@@ -26,7 +26,7 @@ class Board:
 
     def __init__(self, *announcements: Announcement):
         self.announcements = list(announcements)
-        self.rtts: dict[str, float] = {}
+        self.rtts: dict[str, float | None] = {}
         self.missing: set[str] = set()
         self.hurried = 0
         self._changed = asyncio.Event()
@@ -380,3 +380,19 @@ async def test_noise_of_ten_percent_moves_no_session() -> None:
         if (better := found.better(present, found.demand(10, 900))) is not None:
             present, moves = better, moves + 1
     assert moves == 1
+
+
+@pytest.mark.parametrize(
+    ("servers", "pinged", "missing", "waited"),
+    [(3, 3, 0, 0.0), (3, 2, 0, RTT_PATIENCE), (3, 2, 1, 0.0), (100, 64, 0, 0.0), (100, 60, 3, RTT_PATIENCE)],
+)
+@in_virtual_time
+async def test_a_first_route_waits_for_as_many_pings_as_there_will_be(
+    servers: int, pinged: int, missing: int, waited: float
+) -> None:
+    names = [f"whole {number:02}" for number in range(servers)]
+    board = Board(*(server(name, 0, 6) for name in names))
+    board.rtts = dict.fromkeys(names, None) | dict.fromkeys(names[:pinged], 0.02)
+    board.missing = set(names[pinged : pinged + missing])
+    await routes(board).wait()
+    assert now() == waited
