@@ -9,6 +9,7 @@ what `standing` makes of the directory, and how the server moves is `moving`'s b
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from weakref import ref
 
 from swarm.dht.announcement import Mobility, Throughput
 from swarm.dht.directory import Directory
@@ -85,7 +86,8 @@ class Arranging:
         self._watch = Watch(directory, transport)
         self._waited_for: dict[PeerId, float] = {}
         self._unwilling: dict[PeerId, float] = {}
-        self._weighed: SpanEngine | None = None
+        self._weighed: Callable[[], SpanEngine | None] = lambda: None
+        """The engine, which is not kept from being given back, if it still is the one that was weighed."""
         self._wished_since: float | None = None
         self._planned_for: list[Holder] = []
         self._moves: tuple[Move, ...] = ()
@@ -180,8 +182,8 @@ class Arranging:
 
     async def _weigh(self) -> None:
         """See once for each engine whether another one as large fits beside it."""
-        if self._cell.phase == "serving" and self._cell.engine is not self._weighed:
-            self._weighed = self._cell.engine
+        if self._cell.engine is not None and self._cell.engine is not self._weighed():
+            self._weighed = ref(self._cell.engine)
             self.serves_on = await self._moving.has_room_beside()
 
     async def _listen(self) -> None:

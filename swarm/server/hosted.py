@@ -83,7 +83,7 @@ class Hosted:
         metrics: Metrics,
         on_used: Callable[[], None],
         vouching: Vouching | None = None,
-        make_room: Callable[[], bool] = lambda: False,
+        make_room: Callable[[SpanEngine], bool] = lambda engine: False,
     ):
         self.client = client
         self.terms = terms
@@ -196,6 +196,8 @@ class Hosted:
 
     def evict(self) -> None:
         """End the session in the engine; whatever waits or comes for it is told so."""
+        if self._mirroring is not None:
+            self._mirroring.cancel()
         if self.engine is not None:
             self.engine.close_session(self.terms.session_id)
             self.engine = None
@@ -279,7 +281,7 @@ class Hosted:
             try:
                 return await self._run(step, body)
             except NoCapacity:
-                if not self._make_room():
+                if self.engine is None or not self._make_room(self.engine):
                     raise
 
     async def _run(self, step: Step, body: memoryview) -> StepOutcome:

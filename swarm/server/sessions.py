@@ -309,7 +309,7 @@ class Sessions:
                 self._metrics,
                 seat.touch,
                 vouching,
-                partial(free_pages, self._seats, engine),
+                partial(free_pages, self._seats),
             ),
         )
         if evicted is not None:
