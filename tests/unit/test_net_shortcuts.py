@@ -337,6 +337,15 @@ async def somebody_silent(port: ShortcutPort) -> socket.socket:
     return taken
 
 
+async def until_dialled(stream: Ends) -> None:
+    """Talk on until the opener has tried to connect."""
+    turn = stream.opener.turn
+    assert isinstance(turn, OpenersTurn)
+    async with asyncio.timeout(PATIENCE):
+        while turn._dialling is None or not turn._dialling.done():
+            await stream.echo(b"meanwhile")
+
+
 @pytest.mark.parametrize("what", [nobody, somebody_silent])
 async def test_what_cannot_be_reached_delays_nothing_and_is_remembered(what, monkeypatch):
     monkeypatch.setattr(shortcuts, "DIAL_TIME", 0.1)
@@ -344,11 +353,7 @@ async def test_what_cannot_be_reached_delays_nothing_and_is_remembered(what, mon
         with await what(stream.port):
             for _ in range(LIVELY_FRAMES):
                 await stream.echo(b"as ever")
-            turn = stream.opener.turn
-            assert isinstance(turn, OpenersTurn)
-            async with asyncio.timeout(PATIENCE):
-                while turn._dialling is None or not turn._dialling.done():
-                    await stream.echo(b"meanwhile")
+            await until_dialled(stream)
         await stream.echo(b"afterwards")
         assert not any(end.is_short for end in stream.both)
         assert not stream.openers.is_worth_asking(stream.opener.peer)
@@ -524,11 +529,7 @@ async def test_a_stranger_who_answers_in_the_peers_place_is_not_taken_for_it(mon
         stream.port.port = server.sockets[0].getsockname()[1]
         for _ in range(LIVELY_FRAMES):
             await stream.echo(b"as ever")
-        turn = stream.opener.turn
-        assert isinstance(turn, OpenersTurn)
-        async with asyncio.timeout(PATIENCE):
-            while turn._dialling is None or not turn._dialling.done():
-                await stream.echo(b"meanwhile")
+        await until_dialled(stream)
         assert not any(end.is_short for end in stream.both)
 
 

@@ -198,6 +198,16 @@ def test_pushing_saves_the_way_back_to_the_client(model: Model, undisturbed: lis
     assert seconds(False) == pytest.approx(6 * LAN.latency, rel=0.05)
 
 
+def killing(at: int, when: int) -> Disturb:
+    """Kills the session's hop `at` before step `when`."""
+
+    def kill(swarm: Several, session: Session, number: int) -> None:
+        if number == when:
+            swarm.place(session, at).kill()
+
+    return kill
+
+
 @pytest.mark.parametrize(
     ("at", "when", "push"),
     [(0, 0, True), (0, 5, True), (1, 1, True), (1, 5, False), (2, 0, False), (2, 5, True)],
@@ -205,9 +215,7 @@ def test_pushing_saves_the_way_back_to_the_client(model: Model, undisturbed: lis
 def test_a_hop_that_dies_is_replaced(
     model: Model, undisturbed: list[int], at: int, when: int, push: bool
 ) -> None:
-    def kill(swarm: Several, session: Session, number: int) -> None:
-        if number == when:
-            swarm.place(session, at).kill()
+    kill = killing(at, when)
 
     @in_virtual_time
     async def disturbed() -> None:
@@ -246,9 +254,7 @@ def test_a_hop_that_leaves_hands_the_session_over(
 def test_a_hop_that_dies_is_replaced_by_its_standby(
     model: Model, undisturbed: list[int], at: int, when: int, push: bool
 ) -> None:
-    def kill(swarm: Several, session: Session, number: int) -> None:
-        if number == when:
-            swarm.place(session, at).kill()
+    kill = killing(at, when)
 
     @in_virtual_time
     async def disturbed() -> None:
