@@ -1,7 +1,6 @@
 """`python -m swarm.client`: reads the command line; what a command needs is imported when it is chosen."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import get_args
@@ -10,6 +9,7 @@ from swarm import cli
 from swarm.client.options import PUBLIC_AUDIT_RATE, SessionOptions
 from swarm.client.peer_ids import given_peers
 from swarm.errors import InputError
+from swarm.importing import imported
 from swarm.net.forms import Wire
 
 PROGRAM = "python -m swarm.client"
@@ -395,7 +395,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
 
     async def command(args: argparse.Namespace) -> int:
         module, _ = COMMANDS[args.command]
-        return await importlib.import_module(module).main(args)
+        return await (await imported(module)).main(args)
 
     return cli.run(command, args)
 

@@ -4,11 +4,10 @@ Needs the weights of the blocks that are accused, and no swarm.
 """
 
 import argparse
-import asyncio
-import importlib
 from typing import TYPE_CHECKING
 
 from swarm import cli
+from swarm.importing import imported
 
 if TYPE_CHECKING:
     from swarm.client.recomputing import Finding
@@ -19,7 +18,7 @@ async def main(args: argparse.Namespace) -> int:
     Returns:
         The exit code: 0 if the evidence holds.
     """
-    recomputing = await asyncio.to_thread(importlib.import_module, "swarm.client.recomputing")
+    recomputing = await imported("swarm.client.recomputing")
     with cli.Progress(quiet=args.json) as progress:
         finding: Finding = await recomputing.examine(args.evidence, args.model, on_progress=progress.on_stage)
     if args.json:

@@ -4,7 +4,6 @@ The heavy rooms are imported off the event loop, when they are needed.
 """
 
 import asyncio
-import importlib
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from swarm.client.concurrently import concurrently
 from swarm.dht.joining import Network, join
+from swarm.importing import imported
 from swarm.net.entrance import Entrance
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ async def load_ends(name: str, dtype: str, on_progress: OnProgress | None) -> "t
     Raises:
         InputError: the model cannot be found, or its files cannot be used.
     """
-    models = await _imported("swarm.blocks.models")
+    models = await imported("swarm.blocks.models")
     model = await asyncio.to_thread(partial(models.resolve, name, on_progress=on_progress))
     if on_progress is not None:
         await asyncio.to_thread(model.ensure_files, None, True, on_progress)
-    heads = await _imported("swarm.blocks.head")
+    heads = await imported("swarm.blocks.head")
     return model, await asyncio.to_thread(heads.Head.load, model, dtype)
 
 
@@ -55,7 +55,3 @@ async def join_with_model(
     ]
     network, (model, head) = await concurrently(*work)
     return network, model, head
-
-
-async def _imported(module: str) -> Any:
-    return await asyncio.to_thread(importlib.import_module, module)

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import importlib
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +12,7 @@ from swarm.client.options import Options, generation_options
 from swarm.client.route import NoRoute, label
 from swarm.dht.joining import require_peers
 from swarm.errors import SwarmError
+from swarm.importing import imported
 from swarm.net.entrance import entrance_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ async def joined_swarm(args: argparse.Namespace) -> "AsyncIterator[Swarm]":
     require_peers(await asyncio.to_thread(entrance_of, args))  # before what takes long
     with cli.Progress(quiet=args.json) as progress:
         started = progress.stage("Starting", counted=False)
-        api = await asyncio.to_thread(importlib.import_module, "swarm.client.api")
+        api = await imported("swarm.client.api")
         started(1.0)
         swarm: Swarm = await api.connect(
             args.initial_peers,

@@ -7,7 +7,6 @@ swarm.
 """
 
 import asyncio
-import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,6 +27,7 @@ from swarm.dht.reaching import (
 )
 from swarm.dht.store import RecordStore, StoreUnreachable
 from swarm.errors import InputError, SwarmError
+from swarm.importing import imported
 from swarm.net.addresses import outward
 from swarm.net.entrance import Entrance
 from swarm.net.identity import Identity
@@ -229,6 +229,6 @@ def _no_peer() -> InputError:
 
 async def import_network() -> tuple[Any, Any]:
     """The modules of the network and of the DHT, off the event loop: they take a moment."""
-    libp2p = await asyncio.to_thread(importlib.import_module, "swarm.net.libp2p")
-    kademlia = await asyncio.to_thread(importlib.import_module, "swarm.dht.kademlia")
+    libp2p = await imported("swarm.net.libp2p")
+    kademlia = await imported("swarm.dht.kademlia")
     return libp2p, kademlia

@@ -25,12 +25,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("connect", "connect_sync"):
+    if name not in __all__:
+        raise AttributeError(f"module 'swarm' has no attribute '{name}'")
+    from swarm.importing import importing
+
+    with importing():
+        if name == "AutoDistributedModelForCausalLM":
+            from swarm.client.model.causal_lm import AutoDistributedModelForCausalLM
+
+            return AutoDistributedModelForCausalLM
         from swarm.client import api
-
-        return getattr(api, name)
-    if name == "AutoDistributedModelForCausalLM":
-        from swarm.client.model.causal_lm import AutoDistributedModelForCausalLM
-
-        return AutoDistributedModelForCausalLM
-    raise AttributeError(f"module 'swarm' has no attribute '{name}'")
+    return getattr(api, name)

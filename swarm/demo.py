@@ -6,7 +6,6 @@ and end everything, whatever happened. The heavy rooms are imported when they ar
 
 import argparse
 import asyncio
-import importlib
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm import cli
 from swarm.errors import InputError
+from swarm.importing import imported
 from swarm.processes import Event, ServerProcess, stop_all
 from swarm.server.config import DTYPES
 from swarm.spans import Span
@@ -92,7 +92,7 @@ async def _prompt(given: str | None) -> str | None:
     if prompt is None:
         if sys.stdin.isatty():
             return None
-        lines = await _imported("swarm.client.lines")
+        lines = await imported("swarm.client.lines")
         prompt = "".join([line async for line in lines.stream_lines(sys.stdin)]).removesuffix("\n")
     if not prompt.strip():
         raise InputError("The prompt is empty.", "Give some text, as an argument or on standard input.")
@@ -101,7 +101,7 @@ async def _prompt(given: str | None) -> str | None:
 
 async def _fetch(name: str, progress: cli.Progress) -> "Model":
     """The model `name`, with all its files on this machine."""
-    models = await _imported("swarm.blocks.models")
+    models = await imported("swarm.blocks.models")
 
     def fetch(on_stage: Callable[[str, float], None]) -> "Model":
         model: Model = models.resolve(name, on_progress=on_stage)
@@ -138,7 +138,7 @@ async def _serving(
         first, *others = servers
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_imported("swarm.client.api"), name="import the client")
+                tasks.create_task(imported("swarm.client.api"), name="import the client")
                 await first.start()
                 peers = ["--initial-peers", *await _addresses(first, args.timeout)]
                 for server in others:
@@ -186,7 +186,7 @@ async def _addresses(server: ServerProcess, timeout: float) -> list[str]:
 
 async def _join(args: argparse.Namespace, server: ServerProcess, progress: cli.Progress) -> "Swarm":
     on_fraction = progress.stage("Joining the swarm", counted=False)
-    api = await _imported("swarm.client.api")
+    api = await imported("swarm.client.api")
     peers = await _addresses(server, args.timeout)
     swarm: Swarm = await api.connect(
         peers, args.model, timeout=args.timeout, dtype=args.dtype, remembers=False
@@ -197,11 +197,11 @@ async def _join(args: argparse.Namespace, server: ServerProcess, progress: cli.P
 
 async def _talk(swarm: "Swarm", prompt: str | None, *, as_json: bool) -> int:
     """A chat until the user leaves it, or one answer."""
-    chat = await _imported("swarm.client.chat")
+    chat = await imported("swarm.client.chat")
     if prompt is None:
         code: int = await chat.run_chat(swarm, {"temperature": CHAT_TEMPERATURE}, as_json=as_json)
         return code
-    generate = await _imported("swarm.client.generate")
+    generate = await imported("swarm.client.generate")
     answer = await generate.answer(swarm, prompt, {}, as_json=as_json)
     if not as_json:
         print(chat.summary(answer), flush=True)
@@ -225,10 +225,6 @@ async def _while_all_run(servers: Sequence[ServerProcess], work: Coroutine[Any, 
 async def _watch(server: ServerProcess) -> None:
     await server.wait_ended()
     raise server.failure()
-
-
-async def _imported(module: str) -> Any:
-    return await asyncio.to_thread(importlib.import_module, module)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Works just as well when nothing does: each thing is looked at by itself, with a 
 
 import argparse
 import asyncio
-import importlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -23,6 +22,7 @@ from swarm.client.diagnose.probing import Probe
 from swarm.client.diagnose.seen import Seen
 from swarm.dht.store import RecordStore
 from swarm.errors import InputError
+from swarm.importing import imported
 from swarm.net.addresses import endpoint_of
 from swarm.net.door import Door
 from swarm.net.identity import Identity
@@ -82,14 +82,14 @@ async def _look(
     door: Door,
     stack: AsyncExitStack,
 ) -> None:
-    libp2p = await _imported("swarm.net.libp2p")
+    libp2p = await imported("swarm.net.libp2p")
     transport = await _start(libp2p, identity, args.port or 0, door)
     stack.push_async_callback(transport.close)
     listening = [endpoint_of(text) for text in await transport.addresses()]
     seen.port = args.port or next((found.port for found in listening if found), None)
 
     async def join_records(reached: Sequence[str]) -> RecordStore:
-        kademlia = await _imported("swarm.dht.kademlia")
+        kademlia = await imported("swarm.dht.kademlia")
         store: RecordStore = await kademlia.KademliaStore.start(transport, reached, client_mode=True)
         stack.push_async_callback(store.close)
         return store
@@ -151,7 +151,3 @@ def summary(found: Sequence[Finding]) -> str:
         if counts[level]
     ]
     return f"\n{' and '.join(told)}." if told else "\nNothing is wrong."
-
-
-async def _imported(module: str) -> Any:
-    return await asyncio.to_thread(importlib.import_module, module)

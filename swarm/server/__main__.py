@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from swarm import cli
+from swarm.importing import importing
 from swarm.server.config import JOIN_TIMEOUT, add_options, config_from
 
 PROGRAM = "python -m swarm.server"
@@ -55,11 +56,12 @@ async def _make_key(args: argparse.Namespace) -> int:
 
 async def _main(args: argparse.Namespace) -> int:
     config = config_from(args)
-    if args.no_blocks:
-        from swarm.server.bootstrap import keep_joinable as live
-    else:
-        from swarm.server.startup import serve as live
-    from swarm.server.stopping import Stopping
+    with importing():
+        if args.no_blocks:
+            from swarm.server.bootstrap import keep_joinable as live
+        else:
+            from swarm.server.startup import serve as live
+        from swarm.server.stopping import Stopping
 
     with Stopping(with_stdin=args.exit_with_stdin) as stopping:
         await live(config, stopping, as_json=args.json)

@@ -21,6 +21,7 @@ from swarm.cli import Progress
 from swarm.dht.announcement import ModelEntry
 from swarm.dht.joining import import_network
 from swarm.errors import InputError, SwarmError
+from swarm.importing import importing
 from swarm.server.cell import OnProgress
 from swarm.server.config import ServerConfig
 from swarm.server.entering import enter, way_in
@@ -241,8 +242,9 @@ def _engine_config(blocks: Any, config: ServerConfig, **changes: int | None) -> 
 @cache
 def _import_engine() -> Any:
     """The engine's module. What is imported by then is no garbage: to look for some in it takes long."""
-    module = importlib.import_module("swarm.blocks.engine")
-    gc.freeze()
+    with importing():
+        module = importlib.import_module("swarm.blocks.engine")
+        gc.freeze()
     return module
 
 

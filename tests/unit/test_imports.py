@@ -39,6 +39,7 @@ LEAVES = {
     "swarm.config_text",
     "swarm.configuring",
     "swarm.help_text",
+    "swarm.importing",
     "swarm.listening",
     "swarm.option_values",
     "swarm.page_files",
