@@ -9,9 +9,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -19,6 +18,7 @@ from swarm.blocks.batch import Fairness, Share, form_batch
 from swarm.blocks.checks import StepForm, check_step, max_step_tokens
 from swarm.blocks.company import Pressure, patience, wanted
 from swarm.blocks.compute import Compute, Piece
+from swarm.blocks.compute_thread import ComputeThread
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.handover import Handover
 from swarm.blocks.loading import EngineConfig, LoadedSpan, blocks_that_fit, load
@@ -61,9 +61,10 @@ class Engine:
         self._fairness = Fairness()
         self._pace = Pace()
         self._pressure = Pressure(shares_cores=loaded.is_on_cpu)
-        self._came = asyncio.Event()
-        self._serving: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._is_serving = False  # an iteration runs, or is to be formed
+        self._gathering: asyncio.TimerHandle | None = None
+        self._enough = 0  # steps that end the gathering
+        self._thread = ComputeThread()
         self._handover = Handover(loaded, self._sessions, self._thread)
 
     @classmethod
@@ -83,7 +84,7 @@ class Engine:
         engine = cls(loaded, overcommit=config.overcommit, prefix_cache=config.prefix_cache)
         engine.threads = config.threads or torch.get_num_threads()
         if config.threads is not None:
-            engine._thread.submit(torch.set_num_threads, config.threads)
+            await engine._thread.run(partial(torch.set_num_threads, config.threads))
         return engine
 
     @property
@@ -193,12 +194,10 @@ class Engine:
         step.wants_tokens = response_type == "token_ids"
         session.step = step
         self._ready.append(step)
-        self._came.set()
         if step.is_decode:
             self._pressure.came(now - session.came_at)
             session.came_at, session.decode_rows = now, tokens
-        if self._serving is None:
-            self._serving = asyncio.create_task(self._serve(), name="serve steps")
+        self._serve()
         try:
             return await result
         finally:
@@ -278,13 +277,11 @@ class Engine:
         """Forget all sessions and end the compute thread once the running iteration is done."""
         for session_id in self._sessions.ids:
             self.close_session(session_id)
-        if self._serving is not None:
-            self._serving.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     async def wait_closed(self) -> None:
         """Return once a closed engine computes no more."""
-        await asyncio.to_thread(self._thread.shutdown, wait=True)
+        await self._thread.wait_closed()
 
     def check_integrity(self) -> None:
         """
@@ -293,31 +290,58 @@ class Engine:
         """
         self._sessions.check_integrity()
 
-    async def _serve(self) -> None:
-        """One iteration after the other, as long as there are steps."""
-        try:
-            while self._ready:
-                await self._gather()
-                pieces = self._form()
-                if pieces:
-                    self._hand_out(pieces, await self._run(pieces))
-                    await asyncio.sleep(0)  # who got a result may have the next step at hand
-        finally:
-            self._serving = None
+    def _serve(self) -> None:
+        """See to it that an iteration takes up what is ready, with what else has come by then."""
+        if not self._is_serving:
+            self._is_serving = True
+            asyncio.get_running_loop().call_soon(self._gather)
+        elif self._gathering is not None and len(self._ready) >= self._enough:
+            self._gathering.cancel()
+            self._gathering = None
+            asyncio.get_running_loop().call_soon(self._iterate)
 
-    async def _gather(self) -> None:
-        """Where many decode and what computes is busy, wait a moment for more of them."""
+    def _gather(self) -> None:
+        """Where many decode and what computes is busy, wait a moment for more of them; iterate then."""
+        self._is_serving = False
         now = time.perf_counter()
         rows = self._decoding(now)
-        enough = wanted(len(rows))
-        if len(self._ready) >= enough or not all(step.is_decode for step in self._ready):
+        self._enough = wanted(len(rows))
+        if len(self._ready) >= self._enough or not all(step.is_decode for step in self._ready):
+            self._iterate()
             return
-        iteration = self._pace.decode_seconds(sum(sorted(rows)[:enough])) or 0.0
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience(self._pressure.value(now), iteration, self._pressure.cycle)):
-                while len(self._ready) < enough:
-                    self._came.clear()
-                    await self._came.wait()
+        iteration = self._pace.decode_seconds(sum(sorted(rows)[: self._enough])) or 0.0
+        wait = patience(self._pressure.value(now), iteration, self._pressure.cycle)
+        self._gathering = asyncio.get_running_loop().call_later(wait, self._iterate)
+        self._is_serving = True
+
+    def _iterate(self) -> None:
+        """Have the next iteration computed."""
+        self._gathering, self._is_serving = None, False
+        pieces = self._form()
+        if pieces:
+            self._is_serving = True
+            work = partial(self._compute.run, pieces)
+            self._thread.start(work, partial(self._on_computed, pieces, time.perf_counter()))
+        elif self._ready:
+            self._serve()
+
+    def _on_computed(
+        self, pieces: Sequence[Piece], started: float, _: None, error: BaseException | None
+    ) -> None:
+        """Hand out what the iteration gave; who got a result may have the next step at hand after that."""
+        seconds = time.perf_counter() - started
+        try:
+            self._hand_out(pieces, error)
+        finally:
+            asyncio.get_running_loop().call_soon(self._go_on, pieces, None if error else seconds)
+
+    def _go_on(self, pieces: Sequence[Piece], seconds: float | None) -> None:
+        """Go on with what is ready by now, and before that count what was computed."""
+        self._is_serving = False
+        if self._ready:
+            self._serve()
+        if seconds is not None:
+            self._count(pieces, seconds)
 
     def _decoding(self, now: float) -> list[int]:
         """Of each session whose next decode step is here or on its way, the rows that the last one had."""
@@ -332,7 +356,8 @@ class Engine:
         """The next iteration's pieces, with pages for all their rows."""
         now = time.perf_counter()
         alone = [step for step in self._ready if step.is_alone]
-        rows = self._pace.prefill_rows(sum(self._decoding(now)))
+        has_prefill = not all(step.is_decode for step in self._ready)
+        rows = self._pace.prefill_rows(sum(self._decoding(now))) if has_prefill else 0
         shares = form_batch(alone[:1] or self._ready, self._fairness, rows, now)
         return [piece for share in shares if (piece := self._piece(share)) is not None]
 
@@ -348,31 +373,20 @@ class Engine:
         session.is_running = True
         return Piece(step, Segment(share.rows, first, tuple(session.kv.table), session.state), copies)
 
-    async def _run(self, pieces: Sequence[Piece]) -> Exception | float:
-        """Run an iteration in the compute thread; the seconds that it took, or why it failed."""
-        loop, started = asyncio.get_running_loop(), time.perf_counter()
-        try:
-            await loop.run_in_executor(self._thread, self._compute.run, pieces)
-        except Exception as error:  # whatever failed, each step of the iteration must get an ending
-            return error
-        return time.perf_counter() - started
-
-    def _hand_out(self, pieces: Sequence[Piece], outcome: Exception | float) -> None:
+    def _hand_out(self, pieces: Sequence[Piece], error: BaseException | None) -> None:
         """Give the steps that are done their results. What failed together is repeated one by one."""
         now = time.perf_counter()
         for piece in pieces:
             session, step = piece.step.session, piece.step
             if not self._sessions.rest(session):
                 continue
-            if not isinstance(outcome, Exception):
+            if error is None:
                 self._advance(piece, now)
             elif len(pieces) == 1:
                 session.kv.roll_back(step.seq_pos)
-                self._end(step, outcome)
+                self._end(step, error)
             else:
                 step.is_alone = True
-        if not isinstance(outcome, Exception):
-            self._count(pieces, outcome)
 
     def _advance(self, piece: Piece, now: float) -> None:
         step, session = piece.step, piece.step.session
@@ -397,14 +411,14 @@ class Engine:
             pairs = sum(piece.segment.rows * piece.step.session.kv.blocks.size for piece in pieces)
             self.on_batch(BatchReport(len(pieces), decoded, prefilled, seconds, pairs))
 
-    def _end(self, step: PendingStep, outcome: StepResult | Exception | None = None) -> None:
+    def _end(self, step: PendingStep, outcome: StepResult | BaseException | None = None) -> None:
         """The step gets no more rows, and its `outcome` if it has one. Safe to call again."""
         if step.session.step is step:
             step.session.step = None
             self._ready.remove(step)
         if outcome is None or step.result.done():
             return
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             step.result.set_exception(outcome)
         else:
             step.result.set_result(outcome)

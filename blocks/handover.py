@@ -8,11 +8,11 @@ pages, which no step changes while they are lent. Knows no peers.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from typing import TypeVar
 
 import torch
 
+from swarm.blocks.compute_thread import ComputeThread
 from swarm.blocks.errors import StepError
 from swarm.blocks.loading import LoadedSpan
 from swarm.blocks.sessions import Sessions
@@ -27,7 +27,7 @@ Given = TypeVar("Given")
 class Handover:
     """Gives the KV of sessions away, and takes that of others in, by work in `thread`."""
 
-    def __init__(self, loaded: LoadedSpan, sessions: Sessions, thread: Executor):
+    def __init__(self, loaded: LoadedSpan, sessions: Sessions, thread: ComputeThread):
         self.is_possible = loaded.keeps_pages
         self._forward = loaded.forward
         self._sessions = sessions
@@ -56,7 +56,7 @@ class Handover:
         def work() -> memoryview:
             return kv_to_bytes(pages, table, 0, end - first)
 
-        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        running = self._thread.run(work)
         running.add_done_callback(lambda _: self._sessions.take_back(table))
         await asyncio.wait([running])
         return running.result()
@@ -107,7 +107,7 @@ class Handover:
         Who stops waiting stops no work: the pages belong to it until it is done.
         """
         session.is_running = True
-        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        running = self._thread.run(work)
 
         def ended(running: "asyncio.Future[Given]") -> None:
             has_worked = not running.cancelled() and running.exception() is None

@@ -96,7 +96,7 @@ class Metrics:
         self._steps.add(step, done, seconds)
         logger.debug(
             "peer %s, session %s: %d tokens at %d took %.2f ms: queue %.2f, deserialise %.2f, forward %.2f,"
-            " serialise %.2f; the last batch had %d steps",
+            " serialise %.2f",
             peer,
             step.session_id,
             step.shape[0],
@@ -106,7 +106,6 @@ class Metrics:
             done.deserialise_ms,
             done.forward_ms,
             done.serialise_ms,
-            self._batches.last_steps,
         )
 
     def on_batch(self, report: BatchReport) -> None:
@@ -190,10 +189,9 @@ class _StepMetrics:
 
 
 class _BatchMetrics:
-    """What the engine's iterations took up, and for how long; `last_steps` is the size of the last one."""
+    """What the engine's iterations took up, and for how long."""
 
     def __init__(self, registry: CollectorRegistry):
-        self.last_steps = 0
         tokens = Counter("swarm_tokens", "Tokens run through the span.", ("kind",), registry=registry)
         self._steps = Histogram(
             "swarm_batch_steps", "Steps that an iteration took up.", buckets=COUNTS, registry=registry
@@ -210,7 +208,6 @@ class _BatchMetrics:
         self._tokens = {kind: tokens.labels(kind) for kind in KINDS}
 
     def add(self, report: BatchReport) -> None:
-        self.last_steps = report.steps
         self._tokens["decode"].inc(report.decode_tokens)
         self._tokens["prefill"].inc(report.prefill_tokens)
         self._steps.observe(report.steps)

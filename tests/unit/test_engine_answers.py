@@ -59,6 +59,7 @@ async def test_hidden_states_are_given_for_the_rows_that_are_asked_for(engine: E
     engine.open_session("s", WHOLE, tokens)
     whole = await step(engine, "s", 0, hidden)
     assert whole.shape == (tokens, 32)
+    await asyncio.sleep(0)  # the last iteration is counted once its result is out
     assert tokens < LONG or len(iterations) > 1
     for rows in {1, tokens // 2 + 1, tokens - 1, tokens} - {0}:
         given = await step(engine, "s", 0, hidden, rows=rows)

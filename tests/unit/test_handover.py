@@ -225,8 +225,14 @@ async def test_unknown_sessions_have_nothing(llama: Model) -> None:
 @asynccontextmanager
 async def held_up(engine: Engine) -> AsyncIterator[None]:
     """The compute thread is busy with something else."""
-    may_go_on = threading.Event()
-    busy = asyncio.get_running_loop().run_in_executor(engine._thread, may_go_on.wait, 10)
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        has_begun.set()
+        may_go_on.wait(10)
+
+    busy = engine._thread.run(hold)
+    await asyncio.to_thread(has_begun.wait, 10)
     try:
         yield
     finally:
@@ -282,7 +288,7 @@ async def test_who_stops_waiting_loses_no_page(llama: Model, how: str) -> None:
 
 
 async def go_on_after(taker: Engine, how: str) -> None:
-    await asyncio.get_running_loop().run_in_executor(taker._thread, lambda: None)  # after what was given up
+    await taker._thread.run(lambda: None)  # after what was given up
     if how == "closed":
         assert taker.stats.kv_pages_used == 0
         taker.open_session("t", SPAN, 200)
@@ -413,7 +419,7 @@ async def test_what_is_copied_stays_as_it_was_whatever_becomes_of_the_session(ll
                 await copying
         else:
             assert bytes(await copying) == expected
-        await asyncio.get_running_loop().run_in_executor(giver._thread, lambda: None)
+        await giver._thread.run(lambda: None)
         giver.check_integrity()
         assert giver.stats.kv_pages_used == {"rolled back": 1, "closed": 0, "given up": 3}[how]
 

@@ -267,10 +267,9 @@ async def test_the_lag_of_the_event_loop_is_how_much_later_it_is_than_due() -> N
 @in_virtual_time
 async def test_each_step_leaves_one_line_for_who_looks_closely(caplog: pytest.LogCaptureFixture) -> None:
     metrics = metrics_of(empty_cell())
-    metrics.on_batch(Report(steps=5))
     with caplog.at_level(logging.DEBUG, "swarm.server.metrics"):
         metrics.on_step(PEER, step(2, seq_pos=7), result(2), 0.0125)
     assert [record.getMessage() for record in caplog.records] == [
         f"peer {PEER}, session {ONE}: 2 tokens at 7 took 12.50 ms: queue 4.00, deserialise 1.00,"
-        " forward 5.50, serialise 0.50; the last batch had 5 steps"
+        " forward 5.50, serialise 0.50"
     ]
