@@ -195,6 +195,7 @@ class SealedConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         _tune(transport.get_extra_info("socket"))
         self._connected = cast(asyncio.Transport, transport)
+        self._connected.set_write_buffer_limits(high=0)  # so that uvloop writes at once, not after all else
         if self._is_left:  # uvloop goes on connecting for who does not wait any more
             self.abort()
 
