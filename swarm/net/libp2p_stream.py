@@ -52,7 +52,7 @@ class Libp2pStream:
         except StreamClosed:
             self.close()
             raise
-        self._on_sent()
+        self._on_frame()
 
     def offer(self, header: Buffer, body: Buffer = b"") -> bool:
         is_in_the_way = self._sending.locked() or self._writer.transport.get_write_buffer_size()
@@ -62,13 +62,14 @@ class Libp2pStream:
             framing.put_frame(self._writer, header, body)
         except StreamClosed:
             return False
-        self._on_sent()
+        self._on_frame()
         return True
 
     async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
         while True:
             header, body = await self._receive(max_body)
             if header:
+                self._on_frame()
                 return header, body
             self._on_word(bytes(body))
 
@@ -124,9 +125,9 @@ class Libp2pStream:
             self.close()
             raise
 
-    def _on_sent(self) -> None:
+    def _on_frame(self) -> None:
         if self.turn is not None and not self._is_closed:
-            self.turn.on_sent()
+            self.turn.on_frame()
 
     async def _end_with_daemon(self, connection: SealedConnection) -> None:
         """Nothing more comes through the daemon but the end: close then, once what came before is read."""

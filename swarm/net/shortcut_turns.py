@@ -14,9 +14,9 @@ from swarm.net.shortcut_words import ASK, OVER, Offer
 from swarm.net.shortcuts import Shortcuts
 from swarm.net.transport import FrameError, PeerId
 
-LIVELY_FRAMES = 3
+LIVELY_FRAMES = 6
 LIVELY_PAUSE = 5.0
-"""A stream lives once so many frames were sent on it, each within so many seconds of the one before."""
+"""A stream lives once so many frames went over it, each within so many seconds of the one before."""
 
 
 class Turnable(Protocol):
@@ -40,8 +40,8 @@ class Turnable(Protocol):
 class Turn(Protocol):
     """One end's part in it."""
 
-    def on_sent(self) -> None:
-        """A frame was sent."""
+    def on_frame(self) -> None:
+        """A frame was sent, or has come."""
         ...
 
     def on_word(self, word: bytes) -> None:
@@ -64,18 +64,18 @@ class OpenersTurn:
         self._shortcuts = shortcuts
         self._clock = asyncio.get_running_loop().time
         self._frames = 0
-        self._sent_at = 0.0
+        self._frame_at = 0.0
         self._has_asked = False
         self._dialling: asyncio.Task[None] | None = None
         self._connection: SealedConnection | None = None
         self._is_over = False
 
-    def on_sent(self) -> None:
+    def on_frame(self) -> None:
         if self._has_asked:
             return
         now = self._clock()
-        self._frames = self._frames + 1 if now - self._sent_at <= LIVELY_PAUSE else 1
-        self._sent_at = now
+        self._frames = self._frames + 1 if now - self._frame_at <= LIVELY_PAUSE else 1
+        self._frame_at = now
         if self._frames >= LIVELY_FRAMES and self._shortcuts.is_worth_asking(self._stream.peer):
             self._has_asked = True
             self._stream.say(ASK)
@@ -116,7 +116,7 @@ class AcceptorsTurn:
         self._is_over = False
         self._is_closed = False
 
-    def on_sent(self) -> None:
+    def on_frame(self) -> None:
         pass
 
     def on_word(self, word: bytes) -> None:

@@ -228,7 +228,7 @@ def test_states_are_those_of_the_code() -> None:
         f"an id ({shortcut_words.ID_BYTES}), a key",
         f"what goes to the opener ({sealed_connection.KEY_BYTES})",
         f"holds {shortcut_port.OFFER_TIME:g} seconds",
-        f"sent {shortcut_turns.LIVELY_FRAMES} frames with no more than"
+        f"asks once {shortcut_turns.LIVELY_FRAMES} frames went over the stream, either way, with no more than"
         f" {shortcut_turns.LIVELY_PAUSE:g} seconds between them",
         f"1 to {sealed_connection.MAX_PIECE_BYTES:,} bytes sealed",
         f"{sealing.TAG_BYTES} more than they were",

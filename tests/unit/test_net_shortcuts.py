@@ -315,6 +315,16 @@ async def test_who_says_little_asks_for_none():
         assert turn._has_asked
 
 
+async def test_who_only_listens_asks_too():
+    async with ends() as stream:
+        for _ in range(LIVELY_FRAMES):
+            await stream.acceptor.send(b"result")
+            await stream.opener.receive()
+        turn = stream.opener.turn
+        assert isinstance(turn, OpenersTurn)
+        assert turn._has_asked
+
+
 async def test_who_offers_none_is_spoken_to_all_the_same():
     async with ends(offers=False) as stream:
         for _ in range(3 * LIVELY_FRAMES):
