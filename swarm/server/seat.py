@@ -5,12 +5,16 @@ Owns listening to the stream, what is said on it, and when it counts as idle. Wh
 """
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from swarm.net import messages
 from swarm.net.messages import AnyMessage, Ping, Probe, Step
 from swarm.net.outbox import Outbox
 from swarm.net.transport import FrameError, PeerId, Stream
 from swarm.server.hosted import Hosted
+
+T = TypeVar("T")
 
 
 class Seat:
@@ -22,9 +26,11 @@ class Seat:
         self.outbox = Outbox(stream, patience)
         self.hosted: Hosted | None = None
         self.probing = 0  # bytes that probes may still move
-        self._used_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._used_at = self._loop.time()
         self._idle = 0.0
         self._waiting: asyncio.Timeout | None = None
+        self._looking: asyncio.TimerHandle | None = None
 
     @property
     def peer(self) -> PeerId:
@@ -41,15 +47,31 @@ class Seat:
             TimeoutError: nothing came for `idle` seconds.
             StreamClosed, FrameError: as `Stream.receive` and `messages.decode`.
         """
-        self._idle = idle
-        try:
-            async with asyncio.timeout_at(self._idle_at()) as self._waiting:
-                received = await self._receive()
-        finally:
-            self._waiting = None
+        received = await self.unless_idle(idle, self._receive())
         if self.hosted is None or self.hosted.terms.is_standby or not isinstance(received[0], Ping):
             self.touch()
         return received
+
+    async def unless_idle(self, idle: float | None, coming: Coroutine[Any, Any, T]) -> T:
+        """What is `coming`, if that is before the stream has been out of use for `idle` seconds.
+
+        Raises:
+            TimeoutError: it is not.
+        """
+        if idle is None:
+            return await coming
+        self._idle = idle
+        if self._looking is None:  # one timer for all messages, however many come
+            self._looking = self._loop.call_at(self._used_at + idle, self._look)
+        try:
+            async with asyncio.timeout(None) as self._waiting:
+                return await coming
+        except BaseException:
+            if self._looking is not None:
+                self._looking.cancel()
+            raise
+        finally:
+            self._waiting = None
 
     @property
     def used_at(self) -> float:
@@ -58,9 +80,7 @@ class Seat:
 
     def touch(self) -> None:
         """The stream is in use: idleness counts from now on, or from when its session has nothing to do."""
-        self._used_at = asyncio.get_running_loop().time()
-        if self._waiting is not None and not self._waiting.expired():
-            self._waiting.reschedule(self._idle_at())
+        self._used_at = self._loop.time()
 
     async def free(self) -> None:
         """End the session, if there is one."""
@@ -68,9 +88,17 @@ class Seat:
         if hosted is not None:
             await hosted.close()
 
-    def _idle_at(self) -> float | None:
+    def _look(self) -> None:
+        """End the waiting for a message if the stream is idle; else look again when it may be."""
+        self._looking = None
+        if self._waiting is None:
+            return
         is_busy = self.hosted is not None and self.hosted.is_busy
-        return None if is_busy else self._used_at + self._idle
+        idle_at = self._idle + (self._loop.time() if is_busy else self._used_at)
+        if idle_at <= self._loop.time():
+            self._waiting.reschedule(idle_at)
+        else:
+            self._looking = self._loop.call_at(idle_at, self._look)
 
     async def _receive(self) -> tuple[AnyMessage, memoryview]:
         """Unlike `MessageStream`, leaves the stream open for a last word when a message is malformed.

@@ -375,8 +375,9 @@ class Sessions:
             while True:
                 await seat.outbox.wait_for_room()
                 idle = None if hosted.terms.is_standby else self._limits.idle  # that ends with the session
-                async with asyncio.timeout(idle):
-                    message, body = await calls.receive(max(hosted.terms.body_limit, MAX_PIECE_BYTES))
+                receiving = calls.receive(max(hosted.terms.body_limit, MAX_PIECE_BYTES))
+                message, body = await seat.unless_idle(idle, receiving)
+                seat.touch()
                 match message:
                     case Step() if message.session_id == asked.session_id:
                         await hosted.take(message, body, is_fed=True)
