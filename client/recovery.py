@@ -159,13 +159,16 @@ class Recovery:
         """The hops have done what they were needed for."""
         self._failing_since = None
 
-    async def move(self, asked: Asked) -> None:
-        """Have other hops for those that leave, which hand over what they hold, if there are any."""
+    async def move(self, asked: Callable[[], Asked]) -> None:
+        """Have other hops for those that leave, which hand over what they hold, if there are any.
+
+        They are `asked` then what it gives.
+        """
         for leg in [leg for leg in self._relay.legs if leg.is_leaving and leg.fault is None]:
             self._router.judge(NoCapacity(leg.hop, LEAVES, LEAVING_AVOIDED))
             leg.is_leaving = False  # one attempt: it serves on until it is gone
             try:
-                await self._move(leg, asked)
+                await self._move(leg, asked())
             except SwarmError as error:
                 logger.info("a leaving hop's session cannot be moved yet: %s", error)
         self.link()

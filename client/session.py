@@ -242,7 +242,7 @@ class Session:
                     try:
                         answer = await self._relay.bring(wanted)
                     except HopError:
-                        await self._recovery.heal(self._asked_now)
+                        await self._recovery.heal(self._asked_now())
                     else:
                         break
                 self._recovery.has_healed()
@@ -271,7 +271,6 @@ class Session:
         if not self.takes_token_ids and (hidden is None or len(hidden) != len(tokens)):
             raise ValueError("the first hop takes hidden states, one for each token")
 
-    @property
     def _asked_now(self) -> Asked:
         """What a hop is asked that comes later."""
         return self._asked if self._asked.tokens is None else replace(self._asked, tokens=tuple(self._tokens))

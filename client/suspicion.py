@@ -48,8 +48,7 @@ class LogNormal:
 
     def __init__(self) -> None:
         self._logarithms: deque[float] = deque(maxlen=WINDOW)
-        self._mean = 0.0
-        self._spread = MOST_SPREAD
+        self._quantiles: tuple[float, float] | None = None
 
     @property
     def is_unknown(self) -> bool:
@@ -57,20 +56,19 @@ class LogNormal:
 
     def add(self, value: float) -> None:
         self._logarithms.append(log(max(value, SHORTEST)))
-        usual = _without_furthest(sorted(self._logarithms))
-        self._mean = fsum(usual) / len(usual)
-        squares = fsum((one - self._mean) ** 2 for one in usual)
-        spread = sqrt((MOST_SPREAD**2 + squares) / (1 + len(usual)))
-        self._spread = min(max(spread, LEAST_SPREAD), MOST_SPREAD)
+        self._quantiles = None
 
     @property
-    def median(self) -> float:
-        return exp(self._mean)
-
-    @property
-    def bound(self) -> float:
-        """What hardly any value is above."""
-        return exp(self._mean + DEVIATIONS * self._spread)
+    def quantiles(self) -> tuple[float, float]:
+        """The median, and what hardly any value is above."""
+        if self._quantiles is None:
+            usual = _without_furthest(sorted(self._logarithms))
+            mean = fsum(usual) / len(usual)
+            squares = fsum((one - mean) ** 2 for one in usual)
+            spread = sqrt((MOST_SPREAD**2 + squares) / (1 + len(usual)))
+            spread = min(max(spread, LEAST_SPREAD), MOST_SPREAD)
+            self._quantiles = exp(mean), exp(mean + DEVIATIONS * spread)
+        return self._quantiles
 
 
 class ResponseTimes:
@@ -102,7 +100,8 @@ class ResponseTimes:
 def _patience(times: LogNormal, count: int, expected: float = 0.0) -> float:
     if times.is_unknown:
         return max(UNSEEN_FACTOR * expected, UNSEEN_PATIENCE)
-    return max(count * times.bound, count * times.median + LEAST_MARGIN, LEAST_PATIENCE)
+    median, bound = times.quantiles
+    return max(count * bound, count * median + LEAST_MARGIN, LEAST_PATIENCE)
 
 
 def _without_furthest(ordered: Sequence[float]) -> Sequence[float]:
