@@ -72,7 +72,12 @@ class LoopThread:
         if not self.is_alive:
             work.close()
             return
-        asyncio.run_coroutine_threadsafe(self._last(work) if is_last else work, self._loop)
+        coming = self._last(work) if is_last else work
+        try:
+            asyncio.run_coroutine_threadsafe(coming, self._loop)
+        except RuntimeError:  # the loop has just been closed, and the thread is about to end
+            coming.close()
+            work.close()
 
     def close(self) -> None:
         """End the loop and its thread. Safe to call again."""

@@ -126,6 +126,15 @@ class Leaving:
         self.is_closed.set()
 
 
+def test_what_is_begun_as_the_loop_closes_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, left = LoopThread(), Leaving()
+    thread.close()
+    monkeypatch.setattr(LoopThread, "is_alive", True)
+    for is_last in (False, True):
+        thread.start(left.close(), is_last=is_last)
+    assert not left.is_closed.is_set()
+
+
 def test_a_client_that_nobody_holds_leaves() -> None:
     left: Any = Leaving()
 

@@ -389,10 +389,12 @@ def test_an_edge_that_works_again_is_pushed_over_again(model: Model) -> None:
             one, other = session.route.hops[0].peer, session.route.hops[1].peer
 
             async def steps() -> None:
-                since = clock()
+                each = []
                 for _ in range(3):
+                    since = clock()
                     await session.next_tokens([1], len(session.tokens))
-                took.append((clock() - since) / 3)
+                    each.append(clock() - since)
+                took.append(min(each))  # a server may measure its line beside one of them
 
             await steps()
             swarm.network.partition([one], [other])
