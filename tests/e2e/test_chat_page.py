@@ -183,7 +183,7 @@ async def test_it_is_used_by_keyboard_and_heard(browser: Any) -> None:
         await it.page.keyboard.press("Backspace")
         await it.page.keyboard.press("Enter")
         await it.ended()
-        await it.page.wait_for_function("heard.length > 1")
+        await it.page.wait_for_function("() => heard.length > 1")
         assert await it.page.evaluate("heard") == ["Answering.", f"Answer: {GREETING}"]
         assert await it.page.evaluate("document.activeElement.id") == "message"
         await it.button("Conversations").press("Enter")
