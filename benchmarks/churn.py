@@ -4,12 +4,12 @@
 
 Each client answers its prompt undisturbed first, some greedily and some by sampling with a seed, and then
 again and again, while every few seconds a server at random is killed with SIGKILL, its libp2p daemon too, and
-started anew as another peer; never both that hold a third. Every answer must be the undisturbed one, to the
-token. `--polite` asks servers to leave (SIGTERM) instead; with `--standby` servers copy what they hold to
-each other, so that less is computed again, for which `--settled` leaves them some seconds. A pause is the
-longest time without news in an answer around the loss of a server that it ran on; what it is held against is
-how long such a server takes, at that time, to prefill what it held. Ends with a summary, and exit code 1 if
-an answer failed or differed.
+started anew as another peer; never both that hold a third, so that sometimes there is none to kill. Every
+answer must be the undisturbed one, to the token. `--polite` asks servers to leave (SIGTERM) instead; with
+`--standby` servers copy what they hold to each other, so that less is computed again, for which `--settled`
+leaves them some seconds. A pause is the longest time without news in an answer around the loss of a server
+that it ran on; what it is held against is how long such a server takes, at that time, to prefill what it
+held. Ends with a summary, and exit code 1 if an answer failed or differed.
 """
 
 import os
@@ -56,7 +56,7 @@ AIM = 1.5, 1.0
 
 @dataclass(frozen=True)
 class Churn:
-    """How long and how hard. Times in seconds; a server is lost every `period`, where one can be."""
+    """How long and how hard. Times in seconds; a server is lost every `period`, if one can be then."""
 
     seconds: float = 1200.0
     seed: int = 0
@@ -131,16 +131,16 @@ async def disturb(model: Model, churn: Churn, seats: Seats, talkers: Sequence[Ta
 
 
 async def lose_servers(churn: Churn, seats: Seats, talkers: Sequence[Talker], tally: Tally) -> None:
-    """Lose one server each period, and put another in its place, as long as this runs."""
+    """Lose a server each period, if one can be spared, and put another in its place, as long as this runs."""
     rng = random.Random(churn.seed)
-    loop = asyncio.get_running_loop()
     async with asyncio.TaskGroup() as tasks:
-        due = loop.time() + churn.period
         while True:
-            await asyncio.sleep(max(0.0, due - loop.time()))
-            seat = rng.choice(await seats.wait_can_lose(churn.settled))
+            await asyncio.sleep(churn.period)
+            spared = seats.can_lose(churn.settled)
+            if not spared:
+                continue
+            seat = rng.choice(spared)
             tally.losses.append(loss_of(seat, talkers))
-            due = max(due + churn.period, loop.time())
             tasks.create_task(lose(seat, seats, churn.polite, tally), name=f"lose {seat.name}")
             _say(f"{len(tally.losses)} lost, {dict(tally.counts)}, {len(tally.broken)} broken")
 

@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from benchmarks.servers import STARTING, kill, server_process
@@ -65,7 +65,6 @@ class Seats:
 
     def __init__(self, seats: Sequence[Seat]):
         self.all = seats
-        self._news = asyncio.Event()
 
     @property
     def addresses(self) -> list[str]:
@@ -77,15 +76,6 @@ class Seats:
         since = time.monotonic() - settled
         serving = [seat for seat in self.all if seat.peer and seat.serves_since <= since]
         return [seat for seat in serving if any(one.span == seat.span and one is not seat for one in serving)]
-
-    async def wait_can_lose(self, settled: float = 0.0) -> list[Seat]:
-        """`can_lose`, once there are some."""
-        while not (found := self.can_lose(settled)):
-            self._news.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(0.5 if settled else None):
-                    await self._news.wait()
-        return found
 
     async def fill(self) -> None:
         """Put a server on every seat, by the first one. As many load at a time as there are cores."""
@@ -107,7 +97,6 @@ class Seats:
         await seat.listen(self.addresses)
         await seat.serve()
         seat.loading_seconds.append(time.monotonic() - started)
-        self._news.set()
 
 
 @asynccontextmanager
