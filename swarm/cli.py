@@ -6,7 +6,6 @@ coroutine to `run` and gets an exit code back.
 
 import argparse
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 from swarm.configuring import Place
 from swarm.errors import SwarmError
 from swarm.help_text import examples
+from swarm.importing import importing_for_good
 from swarm.option_values import addresses, count, duration, file_path, number, port, size, whole_number
 from swarm.parsing import DEFAULT_MODEL, Parser, shared_options
 
@@ -108,19 +108,18 @@ def run(main: CommandMain, args: argparse.Namespace) -> int:
     """
     use_threads_sparingly()
     configure_logging(args.verbose)
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            code = runner.run(_until_terminated(main, args))
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except asyncio.CancelledError:
-        return EXIT_TERMINATED
-    except Exception as error:
-        return _report(error, as_json=args.json)
-    finally:
-        gc.freeze()  # else the interpreter searches all of torch for garbage as it ends, for seconds
+    with importing_for_good():
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                code = runner.run(_until_terminated(main, args))
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except asyncio.CancelledError:
+            return EXIT_TERMINATED
+        except Exception as error:
+            return _report(error, as_json=args.json)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -15,6 +15,22 @@ from typing import Any
 _changing = Lock()
 _under_way = 0
 _collects_after = False
+_is_for_good = False
+
+
+@contextmanager
+def importing_for_good() -> Iterator[None]:
+    """For a process of ours: in what there is once imports end no garbage is ever looked for.
+
+    Nor in anything afterwards, as the interpreter would when it ends, for seconds.
+    """
+    global _is_for_good
+    _is_for_good = True
+    try:
+        yield
+    finally:
+        _is_for_good = False
+        gc.freeze()
 
 
 @contextmanager
@@ -31,6 +47,8 @@ def importing() -> Iterator[None]:
     finally:
         with _changing:
             _under_way -= 1
+            if _under_way == 0 and _is_for_good:
+                gc.freeze()
             if _under_way == 0 and _collects_after:
                 gc.enable()
 

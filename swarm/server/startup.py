@@ -5,7 +5,6 @@ torch's models take longer than that. Imports run in threads, beside the work th
 """
 
 import asyncio
-import gc
 import importlib
 import logging
 from collections.abc import Callable
@@ -241,11 +240,8 @@ def _engine_config(blocks: Any, config: ServerConfig, **changes: int | None) -> 
 
 @cache
 def _import_engine() -> Any:
-    """The engine's module. What is imported by then is no garbage: to look for some in it takes long."""
     with importing():
-        module = importlib.import_module("swarm.blocks.engine")
-        gc.freeze()
-    return module
+        return importlib.import_module("swarm.blocks.engine")
 
 
 def _threads() -> int:

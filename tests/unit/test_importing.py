@@ -8,7 +8,7 @@ from threading import Barrier, Thread
 
 import pytest
 
-from swarm.importing import imported, importing
+from swarm.importing import imported, importing, importing_for_good
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,15 @@ async def test_the_collector_goes_on_after_an_import_that_failed() -> None:
     with pytest.raises(ModuleNotFoundError):
         await imported("swarm.no_such_module")
     assert gc.isenabled()
+
+
+def test_a_command_never_looks_through_what_it_has_imported() -> None:
+    gc.unfreeze()
+    with importing_for_good():
+        with importing():
+            kept = [[] for _ in range(1000)]
+        assert gc.get_freeze_count() > len(kept)
+    gc.unfreeze()
+    with importing():
+        pass
+    assert gc.get_freeze_count() == 0, "it ends with the command"
