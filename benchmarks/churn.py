@@ -1,15 +1,15 @@
 """Servers come and go while people talk: six servers, two for each third of the model, and eight clients.
 
-    python -m benchmarks.churn [--minutes 20] [--seed N] [--polite] [--standby] [--settled S] [--json FILE]
+    python -m benchmarks.churn [--minutes 20] [--seed N] [--polite] [--standby] [--json FILE]
 
 Each client answers its prompt undisturbed first, some greedily and some by sampling with a seed, and then
 again and again, while every few seconds a server at random is killed with SIGKILL, its libp2p daemon too, and
 started anew as another peer; never both that hold a third, so that sometimes there is none to kill. Every
 answer must be the undisturbed one, to the token. `--polite` asks servers to leave (SIGTERM) instead; with
-`--standby` servers copy what they hold to each other, so that less is computed again, for which `--settled`
-leaves them some seconds. A pause is the longest time without news in an answer around the loss of a server
-that it ran on; what it is held against is how long such a server takes, at that time, to prefill what it
-held. Ends with a summary, and exit code 1 if an answer failed or differed.
+`--standby` servers copy what they hold to each other, so that less is computed again. A pause is the longest
+time without news in an answer around the loss of a server that it ran on; what it is held against is how long
+such a server takes, at that time, to prefill what it held. Ends with a summary, and exit code 1 if an answer
+failed or differed.
 """
 
 import os
@@ -67,7 +67,6 @@ class Churn:
     period: float = 5.0
     polite: bool = False
     standby: bool = False
-    settled: float = 0.0
 
 
 async def run(churn: Churn, logs: Path) -> dict[str, Any]:
@@ -136,7 +135,7 @@ async def lose_servers(churn: Churn, seats: Seats, talkers: Sequence[Talker], ta
     async with asyncio.TaskGroup() as tasks:
         while True:
             await asyncio.sleep(churn.period)
-            spared = seats.can_lose(churn.settled)
+            spared = seats.can_lose()
             if not spared:
                 continue
             seat = rng.choice(spared)
@@ -241,12 +240,6 @@ def main() -> int:
     parser.add_argument("--period", type=float, default=Churn.period, help="seconds between losses")
     parser.add_argument("--polite", action="store_true", help="ask servers to leave instead of killing them")
     parser.add_argument("--standby", action="store_true", help="have servers copy sessions to each other")
-    parser.add_argument(
-        "--settled",
-        type=float,
-        default=Churn.settled,
-        help="lose no server before another one has served its blocks for so many seconds",
-    )
     parser.add_argument("--json", type=Path, help="also write the summary here")
     parser.add_argument("--logs", type=Path, default=Path("build/churn"), help="folder for the servers' logs")
     args = parser.parse_args()
@@ -260,7 +253,6 @@ def main() -> int:
         period=args.period,
         polite=args.polite,
         standby=args.standby,
-        settled=args.settled,
     )
     args.logs.mkdir(parents=True, exist_ok=True)
     found = uvloop.run(run(churn, args.logs))

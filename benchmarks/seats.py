@@ -29,7 +29,6 @@ class Seat:
         self.name = name
         self.peer: PeerId | None = None
         self.addresses: list[str] = []
-        self.serves_since = 0.0
         self.servers: list[ServerProcess] = []
         self.loading_seconds: list[float] = []
         self._new_server = new_server
@@ -45,7 +44,7 @@ class Seat:
         """Return when the server that was started serves."""
         said = await self.servers[-1].wait_for("listening", STARTING)
         await self.servers[-1].wait_for("serving", STARTING)
-        self.peer, self.serves_since = said["peer"], time.monotonic()
+        self.peer = said["peer"]
 
     async def end(self, *, politely: bool) -> None:
         """End the server with all it has started: at once, or by asking it to leave, which takes a while."""
@@ -71,10 +70,9 @@ class Seats:
         """Where the swarm can be joined by now."""
         return [address for seat in self.all for address in seat.addresses]
 
-    def can_lose(self, settled: float = 0.0) -> list[Seat]:
-        """Seats whose span would still be served without them, and was by two for so many seconds."""
-        since = time.monotonic() - settled
-        serving = [seat for seat in self.all if seat.peer and seat.serves_since <= since]
+    def can_lose(self) -> list[Seat]:
+        """Seats whose span would still be served without them."""
+        serving = [seat for seat in self.all if seat.peer]
         return [seat for seat in serving if any(one.span == seat.span and one is not seat for one in serving)]
 
     async def fill(self) -> None:
