@@ -5,6 +5,7 @@ in a cache any more, and it is not where weights have passed through.
 """
 
 import asyncio
+import atexit
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -15,6 +16,9 @@ from typing import Any, TypeAlias, TypeVar
 Given = TypeVar("Given")
 Then: TypeAlias = Callable[[Any, BaseException | None], None]
 """Called with what the work gave, or with why it failed."""
+
+EXIT_PATIENCE = 10.0
+"""Seconds for which the interpreter waits at its end for what is being computed."""
 
 _Work: TypeAlias = tuple[Callable[[], Any], Then, asyncio.AbstractEventLoop]
 
@@ -27,6 +31,7 @@ class ComputeThread:
         self._thread = Thread(target=_work, args=(self._waiting,), name="compute", daemon=True)
         self._thread.start()
         self._end = weakref.finalize(self, self._waiting.put, None)
+        _threads.add(self)
 
     def start(self, work: Callable[[], Any], then: Then) -> None:
         """Have `work` done, and call `then` on the event loop, whose clock stands still where it can."""
@@ -62,6 +67,17 @@ class ComputeThread:
     async def wait_closed(self) -> None:
         """Return once a closed thread has ended."""
         await asyncio.to_thread(self._thread.join)
+
+
+_threads: "weakref.WeakSet[ComputeThread]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Native code that still computes when the interpreter is gone would bring the process down."""
+    for one in list(_threads):
+        one._end()
+        one._thread.join(EXIT_PATIENCE)
 
 
 def _after(outside_work: AbstractContextManager[None], then: Then) -> Then:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -84,6 +86,23 @@ async def test_a_thread_that_nobody_has_any_more_ends() -> None:
     gc.collect()
     await asyncio.to_thread(inner.join, PATIENCE)
     assert not inner.is_alive()
+
+
+def test_the_interpreter_waits_for_what_is_computed_and_for_no_more() -> None:
+    program = """
+import asyncio, time
+from swarm.blocks.compute_thread import ComputeThread
+
+async def main():
+    global idle, busy
+    idle, busy = ComputeThread(), ComputeThread()
+    await idle.run(lambda: None)
+    busy.run(lambda: (time.sleep(0.5), print("computed")))
+
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "computed\n", "")
 
 
 @in_virtual_time
