@@ -34,7 +34,13 @@ class ComputeThread:
         _threads.add(self)
 
     def start(self, work: Callable[[], Any], then: Then) -> None:
-        """Have `work` done, and call `then` on the event loop, whose clock stands still where it can."""
+        """Have `work` done, and call `then` on the event loop, whose clock stands still where it can.
+
+        Raises:
+            RuntimeError: the thread is closed, and would never come to it.
+        """
+        if not self._end.alive:
+            raise RuntimeError("nothing is computed in a closed thread")
         loop = asyncio.get_running_loop()
         outside_work = getattr(loop, "outside_work", None)  # of a virtual clock
         self._waiting.put((work, then if outside_work is None else _after(outside_work(), then), loop))

@@ -76,6 +76,8 @@ async def test_closing_lets_what_runs_end_and_fails_what_waits() -> None:
             await waiting
         may_go_on.set()
         assert await running == "done"
+        with pytest.raises(RuntimeError):
+            thread.run(lambda: None)
 
 
 async def test_a_thread_that_nobody_has_any_more_ends() -> None:
