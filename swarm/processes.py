@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Protocol, Self
 
 from swarm.configuring import without_options
 from swarm.errors import SwarmError
@@ -38,6 +38,30 @@ class ProcessEnded(SwarmError):
     """A child ended, or broke its promise to speak, before it said what was waited for."""
 
 
+class Child(Protocol):
+    """What is used here of an `asyncio.subprocess.Process`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+
+    async def wait(self) -> int: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+
+class Launcher(Protocol):
+    """Who starts children in its own way."""
+
+    async def launch(self, arguments: Sequence[str], log: IO[bytes]) -> Child:
+        """A child with these arguments, in a session of its own, whose standard error goes to `log`."""
+
+
 class ServerProcess:
     """`python -m MODULE ARGUMENTS --json` as a child. A context manager: leaving it ends the child.
 
@@ -53,18 +77,20 @@ class ServerProcess:
         module: str = "swarm.server",
         environment: Mapping[str, str] | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
+        launcher: Launcher | None = None,
     ):
-        """`environment` is added to this process's own, without what that sets of a command's options."""
+        """`environment` is added to this process's own, without what that sets of a command's options.
+        A `launcher` knows module and environment by itself."""
         self.name = name
         self.log = log
         self.events: list[Event] = []
-        self._command = [sys.executable, "-m", module, *arguments, "--json"]
-        self._environment = {**without_options(os.environ), **(environment or {})}
+        self._arguments = [*arguments, "--json"]
+        self._launcher = launcher or Interpreter(module, environment or {})
         self._on_event = on_event
         self._news = asyncio.Event()
         self._has_ended = False
         self._is_stopped = False
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Child | None = None
         self._reading: asyncio.Task[None] | None = None
 
     @property
@@ -77,7 +103,7 @@ class ServerProcess:
         return self._started.returncode
 
     @property
-    def _started(self) -> asyncio.subprocess.Process:
+    def _started(self) -> Child:
         if self._process is None:
             raise RuntimeError(f"{self.name} was not started")
         return self._process
@@ -85,16 +111,7 @@ class ServerProcess:
     async def start(self, more: Sequence[str] = ()) -> None:
         """Start the child, with `more` arguments; `stop` must follow."""
         with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                *more,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=self._environment,
-                limit=MAX_LINE_BYTES,
-                start_new_session=True,
-            )
+            self._process = await self._launcher.launch([*self._arguments, *more], log)
         self._reading = asyncio.create_task(self._read_events(), name=f"read events of {self.name}")
 
     async def wait_for(self, event: str, timeout: float) -> Event:
@@ -211,6 +228,26 @@ class ServerProcess:
     def _last_words(self) -> str:
         tail = self.log_tail()
         return f"Its last lines were:\n{tail}" if tail else "It said nothing more."
+
+
+class Interpreter:
+    """A launcher of `python -m MODULE`s, each anew. `environment` is added to this process's own."""
+
+    def __init__(self, module: str, environment: Mapping[str, str]):
+        self._command = [sys.executable, "-m", module]
+        self._environment = {**without_options(os.environ), **environment}
+
+    async def launch(self, arguments: Sequence[str], log: IO[bytes]) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self._command,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            env=self._environment,
+            limit=MAX_LINE_BYTES,
+            start_new_session=True,
+        )
 
 
 async def stop_all(processes: Iterable[ServerProcess], grace: float = GRACE) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 MODULE = "swarm.server"
+FORK_SERVER = "swarm.fork_server"
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,8 @@ class Process:
     parent: int
     command: Sequence[str]
 
-    @property
-    def is_server(self) -> bool:
-        return any(pair == ("-m", MODULE) for pair in zip(self.command[1:], self.command[2:], strict=False))
+    def runs(self, module: str) -> bool:
+        return any(pair == ("-m", module) for pair in zip(self.command[1:], self.command[2:], strict=False))
 
 
 def default_threads(cores: int, servers: int) -> int:
@@ -31,9 +31,14 @@ def default_threads(cores: int, servers: int) -> int:
 
 
 def count_servers(processes: Iterable[Process], own: int) -> int:
-    """How many servers there are, that of pid `own` included. A server's copy of itself is none."""
-    servers = {process.pid: process for process in processes if process.is_server}
-    return len({own} | {pid for pid, process in servers.items() if process.parent not in servers})
+    """How many servers there are, that of pid `own` included. A server's copy of itself is none; what a fork
+    server has forked is one, though it shows the fork server's command."""
+    all_ = list(processes)
+    servers, forking = ({one.pid for one in all_ if one.runs(module)} for module in (MODULE, FORK_SERVER))
+    fork_servers = {one.pid for one in all_ if one.pid in forking and one.parent not in forking}
+    found = {one.pid for one in all_ if one.pid in servers and one.parent not in servers}
+    forked = {one.pid for one in all_ if one.parent in fork_servers}
+    return len({own} | found | forked)
 
 
 def cores() -> int:

@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 LEAVES = {
     "swarm.allowance",
     "swarm.errors",
+    "swarm.fork_server",
+    "swarm.forking",
     "swarm.spans",
     "swarm.version",
     "swarm.cache",
@@ -80,6 +82,7 @@ DOORS = {
     "swarm.server.__main__",
     "swarm.health.__main__",
     "swarm.demo",
+    "swarm.fork_server",
 }
 """Where a process starts: these import nothing heavy, and rooms of ours only once they are needed."""
 
