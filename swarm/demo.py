@@ -9,16 +9,17 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm import cli
 from swarm.errors import InputError
+from swarm.forking import IS_SUPPORTED, ForkServer
 from swarm.importing import imported
-from swarm.processes import Event, ServerProcess, stop_all
+from swarm.processes import Event, Interpreter, Launcher, ServerProcess, stop_all
 from swarm.server.config import DTYPES
 from swarm.spans import Span
 
@@ -130,9 +131,9 @@ async def _serving(
         ProcessEnded: one of them ended, or does not serve within `args.timeout` seconds.
     """
     spans = split(model.num_blocks, SERVERS)
-    with tempfile.TemporaryDirectory(prefix="swarm-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="swarm-demo-") as folder, _launcher() as launcher:
         servers = [
-            _server(f"server-{number}", span, args, Path(folder), progress)
+            _server(f"server-{number}", span, args, Path(folder), progress, launcher)
             for number, span in enumerate(spans, start=1)
         ]
         first, *others = servers
@@ -150,15 +151,35 @@ async def _serving(
             await stop_all(servers)
 
 
+@contextmanager
+def _launcher() -> Iterator[Launcher]:
+    """Starts servers: where that can be, as forks, so that they import only once what they need."""
+    environment = {"OMP_NUM_THREADS": _threads()}
+    if not IS_SUPPORTED:
+        yield Interpreter("swarm.server", environment)
+        return
+    with ForkServer("swarm.server", "swarm.server.preload", environment=environment) as fork_server:
+        yield fork_server
+
+
+def _threads() -> str:
+    """How many threads a server computes with."""
+    return str(max(1, (os.cpu_count() or 1) // SERVERS))
+
+
 def _server(
-    name: str, span: Span, args: argparse.Namespace, folder: Path, progress: cli.Progress
+    name: str,
+    span: Span,
+    args: argparse.Namespace,
+    folder: Path,
+    progress: cli.Progress,
+    launcher: Launcher,
 ) -> ServerProcess:
-    threads = str(max(1, (os.cpu_count() or 1) // SERVERS))
     options = {
         "--model": args.model,
         "--blocks": str(span),
         "--dtype": args.dtype,
-        "--threads": threads,
+        "--threads": _threads(),
         "--host-maddrs": LOOPBACK,
         "--public-name": name,
     }
@@ -174,8 +195,8 @@ def _server(
         [part for option in options.items() for part in option] + switches,
         name=name,
         log=folder / f"{name}.log",
-        environment={"OMP_NUM_THREADS": threads},
         on_event=on_event,
+        launcher=launcher,
     )
 
 
