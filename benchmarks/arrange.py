@@ -35,7 +35,7 @@ from benchmarks.servers import LOOPBACK, STARTING, kill
 from swarm.blocks.models import Model, resolve
 from swarm.client.facade import Swarm
 from swarm.errors import SwarmError
-from swarm.processes import Event, ServerProcess, stop_all
+from swarm.processes import Event, Launcher, ServerProcess, stop_all
 from swarm.spans import Span
 
 AIMS = {"covered_s": 30.0, "covered_again_s": 60.0}
@@ -70,7 +70,9 @@ class Plan:
 class Arranged:
     """A server that chooses its blocks. `serves` are those that it serves now, as it says itself."""
 
-    def __init__(self, name: str, plan: Plan, size: int, log: Path, news: asyncio.Event):
+    def __init__(
+        self, name: str, plan: Plan, size: int, log: Path, news: asyncio.Event, launcher: Launcher | None
+    ):
         """`news` is set whenever something has changed."""
         self.size = size
         self._news = news
@@ -79,7 +81,9 @@ class Arranged:
         self.times: dict[str, float] = {}
         """When each kind of event came first."""
         options = f"--model {plan.model} --dtype {plan.dtype} --num-blocks {size} --public-name {name}"
-        self.process = ServerProcess([*options.split(), *COMMON], name=name, log=log, on_event=self._on_event)
+        self.process = ServerProcess(
+            [*options.split(), *COMMON], name=name, log=log, on_event=self._on_event, launcher=launcher
+        )
 
     def kill(self) -> None:
         self.serves = None
@@ -140,7 +144,7 @@ class Chatter:
         return max((end - start for start, end in waits), default=0.0)
 
 
-async def run(plan: Plan, logs: Path) -> dict[str, Any]:
+async def run(plan: Plan, logs: Path, launcher: Launcher | None = None) -> dict[str, Any]:
     """What was seen; `broken` is what must not have happened."""
     model = await asyncio.to_thread(resolve, plan.model)
     rng = random.Random(plan.seed)
@@ -148,7 +152,7 @@ async def run(plan: Plan, logs: Path) -> dict[str, Any]:
     rng.shuffle(sizes)
     news = asyncio.Event()
     servers = [
-        Arranged(f"server-{number}", plan, size, logs / f"server-{number}.log", news)
+        Arranged(f"server-{number}", plan, size, logs / f"server-{number}.log", news, launcher)
         for number, size in enumerate(sizes)
     ]
     started = time.monotonic()

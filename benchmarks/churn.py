@@ -1,6 +1,6 @@
 """Servers come and go while people talk: six servers, two for each third of the model, and eight clients.
 
-    python -m benchmarks.churn [--minutes 20] [--seed N] [--polite] [--standby] [--json FILE]
+    python -m benchmarks.churn [--minutes 20] [--seed N] [--polite] [--standby] [--anew] [--json FILE]
 
 Each client answers its prompt undisturbed first, some greedily and some by sampling with a seed, and then
 again and again, while every few seconds a server at random is killed with SIGKILL, its libp2p daemon too, and
@@ -8,8 +8,9 @@ started anew as another peer; never both that hold a third, so that sometimes th
 answer must be the undisturbed one, to the token. `--polite` asks servers to leave (SIGTERM) instead; with
 `--standby` servers copy what they hold to each other, so that less is computed again. A pause is the longest
 time without news in an answer around the loss of a server that it ran on; what it is held against is how long
-such a server takes, at that time, to prefill what it held. Ends with a summary, and exit code 1 if an answer
-failed or differed.
+such a server takes, at that time, to prefill what it held. Servers are forked from a process that has
+imported torch: on machines of their own they would not do that at the cost of others. With `--anew` each is
+an interpreter of its own. Ends with a summary, and exit code 1 if an answer failed or differed.
 """
 
 import os
@@ -23,7 +24,7 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -42,6 +43,8 @@ from benchmarks.yardstick import span_prefill
 from swarm.blocks.models import Model, resolve
 from swarm.client.options import GenerationOptions, SamplingOptions
 from swarm.errors import SwarmError
+from swarm.forking import ForkServer
+from swarm.processes import Launcher
 from swarm.spans import Span
 
 THIRDS = 3
@@ -69,14 +72,14 @@ class Churn:
     standby: bool = False
 
 
-async def run(churn: Churn, logs: Path) -> dict[str, Any]:
+async def run(churn: Churn, logs: Path, launcher: Launcher | None) -> dict[str, Any]:
     """The summary of a whole run; what must not have happened is `broken`. Servers log to `logs`."""
     model = await asyncio.to_thread(resolve, churn.model)
     kv_tokens = churn.clients * (LONGEST + churn.tokens + 64) * 2
     options = ["--kv-tokens", str(kv_tokens), "--no-prefix-cache"]
     tally = Tally()
     async with (
-        seated(model.name, churn.dtype, spans_of(model), logs, *options) as seats,
+        seated(model.name, churn.dtype, spans_of(model), logs, *options, launcher=launcher) as seats,
         talkers_of(model, churn, seats, tally) as talkers,
     ):
         started = time.monotonic()
@@ -240,6 +243,7 @@ def main() -> int:
     parser.add_argument("--period", type=float, default=Churn.period, help="seconds between losses")
     parser.add_argument("--polite", action="store_true", help="ask servers to leave instead of killing them")
     parser.add_argument("--standby", action="store_true", help="have servers copy sessions to each other")
+    parser.add_argument("--anew", action="store_true", help="fork no servers: each imports what it needs")
     parser.add_argument("--json", type=Path, help="also write the summary here")
     parser.add_argument("--logs", type=Path, default=Path("build/churn"), help="folder for the servers' logs")
     args = parser.parse_args()
@@ -255,7 +259,8 @@ def main() -> int:
         standby=args.standby,
     )
     args.logs.mkdir(parents=True, exist_ok=True)
-    found = uvloop.run(run(churn, args.logs))
+    with nullcontext() if args.anew else ForkServer("swarm.server", "swarm.server.preload") as launcher:
+        found = uvloop.run(run(churn, args.logs, launcher))
     text = json.dumps(found, indent=1)
     print(text)
     if args.json:

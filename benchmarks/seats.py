@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.servers import STARTING, kill, server_process
 from swarm.net.transport import PeerId
-from swarm.processes import ServerProcess, stop_all
+from swarm.processes import Launcher, ServerProcess, stop_all
 from swarm.spans import Span
 
 LEAVING = 60.0
@@ -99,13 +99,18 @@ class Seats:
 
 @asynccontextmanager
 async def seated(
-    model: str, dtype: str, spans: Sequence[Span], logs: Path, *options: str
+    model: str,
+    dtype: str,
+    spans: Sequence[Span],
+    logs: Path,
+    *options: str,
+    launcher: Launcher | None = None,
 ) -> AsyncIterator[Seats]:
     """A seat for each of `spans`, of which some may be the same, once all serve; logs go to `logs`."""
 
     def new_server(seat: Seat) -> ServerProcess:
         log = logs / f"{seat.name}-{len(seat.servers) + 1}.log"
-        return server_process(model, dtype, seat.span, log, options)
+        return server_process(model, dtype, seat.span, log, options, launcher=launcher)
 
     seats = Seats(
         [

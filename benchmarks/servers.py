@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from swarm.processes import ServerProcess, stop_all
+from swarm.processes import Launcher, ServerProcess, stop_all
 from swarm.spans import Span
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -26,14 +26,18 @@ class Servers:
 
 @asynccontextmanager
 async def serving(
-    model: str, dtype: str, spans: Sequence[Span], folder: Path, *options: str
+    model: str,
+    dtype: str,
+    spans: Sequence[Span],
+    folder: Path,
+    *options: str,
+    launcher: Launcher | None = None,
 ) -> AsyncIterator[Servers]:
     """One server with one thread for each of `spans`, once all serve; their logs go to `folder`."""
+    logs = [folder / f"{dtype}-{span.start}-{span.end}-of-{len(spans)}.log" for span in spans]
     processes = [
-        server_process(
-            model, dtype, span, folder / f"{dtype}-{span.start}-{span.end}-of-{len(spans)}.log", options
-        )
-        for span in spans
+        server_process(model, dtype, span, log, options, launcher=launcher)
+        for span, log in zip(spans, logs, strict=True)
     ]
     try:
         await processes[0].start()
@@ -48,7 +52,14 @@ async def serving(
 
 
 def server_process(
-    model: str, dtype: str, span: Span, log: Path, options: Sequence[str] = (), *, address: str = LOOPBACK
+    model: str,
+    dtype: str,
+    span: Span,
+    log: Path,
+    options: Sequence[str] = (),
+    *,
+    address: str = LOOPBACK,
+    launcher: Launcher | None = None,
 ) -> ServerProcess:
     """A server with one thread that will listen on `address`; not started yet."""
     common = f"--model {model} --dtype {dtype} --device cpu --threads 1 --host-maddrs {address}".split()
@@ -56,6 +67,7 @@ def server_process(
         [*common, "--exit-with-stdin", "--blocks", str(span), *options],
         name=f"server of blocks {span}",
         log=log,
+        launcher=launcher,
     )
 
 

@@ -10,6 +10,8 @@ servers must not grow. Ends with a summary in JSON, and exit code 1 if a rule wa
 
 import os
 
+from swarm.processes import Launcher
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
@@ -115,14 +117,14 @@ class Watch:
             self.lost += await losses(server, room)
 
 
-async def run(soak: Soak, logs: Path) -> dict[str, Any]:
+async def run(soak: Soak, logs: Path, launcher: Launcher | None = None) -> dict[str, Any]:
     """The summary of a whole run, with the rules that were `broken`; servers log to the folder `logs`."""
     model = await asyncio.to_thread(resolve, soak.model)
     passages = await asyncio.to_thread(_passages, model, soak)
     _say(f"{len(passages)} passages, seed {soak.seed}")
     options = ["--kv-tokens", str(soak.kv_tokens), "--metrics-port", "0"]
     spans = even_spans(model.num_blocks, SERVERS)
-    async with serving(model.name, "float32", spans, logs, *options) as servers:
+    async with serving(model.name, "float32", spans, logs, *options, launcher=launcher) as servers:
         said = [await asyncio.to_thread(metrics_of, server) for server in servers.processes]
         watch, tally = Watch(servers, [one[FREE_TOKENS] for one in said]), Tally()
         await _visit(model, passages, soak, watch, tally)

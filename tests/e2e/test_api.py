@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.blocks.models import resolve
 from swarm.processes import ServerProcess, stop_all
+from tests.forks import FORKS
 from tests.tiny import greedy
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -142,7 +143,7 @@ async def api(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Asy
     common = ["--model", str(checkpoint), "--dtype", "float32", "--threads", "1", "--exit-with-stdin"]
     common += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--metrics-port", "0"]
     processes = [
-        ServerProcess([*common, "--blocks", span], name=span, log=folder / f"{at}.log")
+        ServerProcess([*common, "--blocks", span], name=span, log=folder / f"{at}.log", launcher=FORKS)
         for at, span in enumerate(("0:15", "15:30"))
     ]
     keys = folder / "keys"

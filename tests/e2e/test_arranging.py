@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.arrange import Plan, run
+from tests.forks import FORKS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -18,7 +19,7 @@ async def test_a_third_is_killed_and_the_others_take_over_while_a_chat_goes_on(t
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     plan = Plan("smollm2-135m", SIZES, seed=seed, killed=2, tokens=24, before=2.0)
-    found = await run(plan, tmp_path)
+    found = await run(plan, tmp_path, FORKS)
     assert not found["broken"], found
     assert found["moves"] or not found["hole"], found
     assert found["answers"] >= 2

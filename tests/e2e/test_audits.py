@@ -9,6 +9,7 @@ import pytest
 import swarm
 from swarm.client.__main__ import main
 from swarm.processes import ServerProcess, stop_all
+from tests.forks import FORKS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -33,10 +34,11 @@ def test_a_liar_is_found_out_and_its_signature_proves_it(
 
 async def find_out(folder: Path, evidence: Path) -> str:
     """Have a liar caught among three servers; its peer id."""
-    modules = {"liar": "tests.lying_server", "b": "swarm.server", "c": "swarm.server"}
+    asked = [*LOCAL, "--exit-with-stdin"]
     servers = [
-        ServerProcess([*LOCAL, "--exit-with-stdin"], name=name, log=folder / f"{name}.log", module=module)
-        for name, module in modules.items()
+        ServerProcess(asked, name="liar", log=folder / "liar.log", module="tests.lying_server"),
+        ServerProcess(asked, name="b", log=folder / "b.log", launcher=FORKS),
+        ServerProcess(asked, name="c", log=folder / "c.log", launcher=FORKS),
     ]
     try:
         await servers[0].start()

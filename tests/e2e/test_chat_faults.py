@@ -13,6 +13,7 @@ from swarm.net.messages import Error
 from swarm.processes import ServerProcess, stop_all
 from tests.browser import NARROW, WIDE, reading_in
 from tests.chat_swarm import GREETING, HELLO, chat
+from tests.forks import FORKS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
@@ -185,7 +186,10 @@ async def test_a_server_of_a_real_swarm_is_killed_while_it_streams(browser: Any,
     ]
     servers = [
         ServerProcess(
-            [*common, "--blocks", blocks, "--public-name", name], name=name, log=tmp_path / f"{name}.log"
+            [*common, "--blocks", blocks, "--public-name", name],
+            name=name,
+            log=tmp_path / f"{name}.log",
+            launcher=FORKS,
         )
         for name, blocks in (("first", "0:15"), ("second", "15:30"), ("third", "15:30"))
     ]

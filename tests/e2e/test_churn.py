@@ -13,6 +13,7 @@ from benchmarks.churn import Churn, run
 from benchmarks.seats import Seat, seated
 from swarm.client.facade import Chat
 from swarm.spans import Span
+from tests.forks import FORKS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -30,7 +31,7 @@ async def test_servers_are_killed_and_come_back_while_clients_talk(tmp_path: Pat
     """The short form of `python -m benchmarks.churn --standby`; the long one tells how long pauses are."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    found = await run(replace(SHORT, seed=seed), tmp_path)
+    found = await run(replace(SHORT, seed=seed), tmp_path, FORKS)
     assert not found["broken"], found
     assert found["losses"] >= 3
     assert found["counts"]["answers"] >= SHORT.clients
@@ -41,7 +42,7 @@ async def test_a_server_leaves_in_the_middle_of_eight_chats(tmp_path: Path) -> N
     """Whichever of two holders serves the chats is asked to leave while all of them are in an answer."""
     options = ["--kv-tokens", "32768", "--no-prefix-cache"]
     async with (
-        seated("smollm2-135m", "float16", SPANS, tmp_path, *options) as seats,
+        seated("smollm2-135m", "float16", SPANS, tmp_path, *options, launcher=FORKS) as seats,
         swarm.connect(seats.addresses, dtype="float16") as client,
     ):
         chats = [client.chat(**ANSWER) for _ in range(CHATS)]

@@ -10,6 +10,7 @@ import pytest
 
 from swarm.net.identity import Identity
 from swarm.processes import ServerProcess
+from tests.forks import FORKS
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -45,7 +46,7 @@ async def test_it_finds_nothing_wrong_with_a_server_and_everything_without(
 ) -> None:
     tiny_checkpoint(tmp_path / "model")
     asked = ("--model", str(tmp_path / "model"), "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--threads", "1")
-    async with ServerProcess(asked, name="server", log=tmp_path / "log") as server:
+    async with ServerProcess(asked, name="server", log=tmp_path / "log", launcher=FORKS) as server:
         (address,) = (await server.wait_for("listening", START))["addresses"]
         await server.wait_for("serving", START)
         path, _, peer = address.rpartition("/p2p/")

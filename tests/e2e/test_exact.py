@@ -19,6 +19,7 @@ import swarm
 from swarm.blocks.models import Model, resolve
 from swarm.client.facade import Swarm
 from swarm.processes import ServerProcess, stop_all
+from tests.forks import FORKS
 from tests.tiny import greedy_choices
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -77,7 +78,9 @@ async def three_servers(folder: Path, dtype: str) -> AsyncIterator[Servers]:
     """Servers of a third of the model each, all serving, and the addresses to join them by."""
     local = ["--dtype", dtype, "--threads", "1", "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--exit-with-stdin"]
     servers = [
-        ServerProcess([*local, "--blocks", span], name=f"blocks-{span}", log=folder / f"{span}.log")
+        ServerProcess(
+            [*local, "--blocks", span], name=f"blocks-{span}", log=folder / f"{span}.log", launcher=FORKS
+        )
         for span in SPANS
     ]
     try:

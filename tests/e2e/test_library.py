@@ -18,6 +18,7 @@ from swarm import AutoDistributedModelForCausalLM, InputError
 from swarm.blocks.models import resolve
 from swarm.option_values import PEERS_VARIABLE
 from swarm.processes import ServerProcess, stop_all
+from tests.forks import FORKS
 from tests.notebook import code_cells
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -34,7 +35,10 @@ async def addresses(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[l
     local = ["--dtype", "float32", "--threads", "1", "--host-maddrs", "/ip4/127.0.0.1/tcp/0"]
     servers = [
         ServerProcess(
-            [*local, "--exit-with-stdin", "--blocks", blocks], name=blocks, log=folder / f"{number}.log"
+            [*local, "--exit-with-stdin", "--blocks", blocks],
+            name=blocks,
+            log=folder / f"{number}.log",
+            launcher=FORKS,
         )
         for number, blocks in enumerate(("0:15", "15:30"))
     ]

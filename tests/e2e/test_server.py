@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from urllib.request import urlopen
 
@@ -31,7 +32,8 @@ from swarm.net.calls import MessageStream, Refused
 from swarm.net.identity import Identity
 from swarm.net.libp2p import Libp2pTransport
 from swarm.net.libp2p_stream import Libp2pStream
-from swarm.processes import ServerProcess
+from swarm.processes import Launcher, ServerProcess
+from tests.forks import FORKS
 from tests.tiny import COMMON, tiny_checkpoint, tiny_tokenizer
 
 pytestmark = pytest.mark.e2e
@@ -62,10 +64,15 @@ def model(checkpoint: Path) -> Model:
 
 @asynccontextmanager
 async def serving(
-    tmp_path: Path, checkpoint: Path, *arguments: str, name: str = "server", until: str = "serving"
+    tmp_path: Path,
+    checkpoint: Path,
+    *arguments: str,
+    name: str = "server",
+    until: str = "serving",
+    launcher: Launcher | None = FORKS,
 ) -> AsyncIterator[ServerProcess]:
     asked = ["--model", str(checkpoint), *LOCAL, *arguments]
-    async with ServerProcess(asked, name=name, log=tmp_path / f"{name}.log") as server:
+    async with ServerProcess(asked, name=name, log=tmp_path / f"{name}.log", launcher=launcher) as server:
         await server.wait_for(until, START)
         yield server
 
@@ -158,8 +165,9 @@ async def test_it_is_listed_within_seconds_says_to_wait_and_takes_its_announceme
 ) -> None:
     async with serving(tmp_path, checkpoint, name="first") as first, client_of(first) as (transport, store):
         address = await address_of(first)
+        joins = ("--initial-peers", address)
         async with serving(
-            tmp_path, checkpoint, "--initial-peers", address, name="second", until="listening"
+            tmp_path, checkpoint, *joins, name="second", until="listening", launcher=None
         ) as second:
             listed = await until_listed(store, second)
             assert sum(psutil.Process(second.pid).cpu_times()[:2]) < LISTED_WITHIN
@@ -207,6 +215,19 @@ async def test_a_second_signal_ends_it_at_once(
         assert not any(daemon.is_running() and daemon.status() != "zombie" for daemon in daemons)
 
 
+async def test_a_fork_server_holds_nothing_that_forks_may_not_share(tmp_path: Path, checkpoint: Path) -> None:
+    async with serving(tmp_path, checkpoint) as server:
+        fork_server = psutil.Process(server.pid).parent()
+        assert fork_server is not None
+        assert "swarm.fork_server" in fork_server.cmdline()
+        assert fork_server.num_threads() == 1
+        assert {path for path in files_of(fork_server) if path.startswith("/dev/")} == {os.devnull}
+
+
+def files_of(process: psutil.Process) -> set[str]:
+    return {os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()}
+
+
 async def test_a_signal_while_it_starts_ends_it_politely(tmp_path: Path, checkpoint: Path) -> None:
     arguments = ["--model", str(checkpoint), *LOCAL]
     async with ServerProcess(arguments, name="server", log=tmp_path / "log") as server:
@@ -227,7 +248,8 @@ async def test_a_dead_daemon_ends_it_with_the_reason(tmp_path: Path, checkpoint:
 
 
 def test_it_leaves_when_standard_input_ends(checkpoint: Path) -> None:
-    command = [*COMMAND, "--model", str(checkpoint), *LOCAL, "--json", "--exit-with-stdin"]
+    asked = ["--model", str(checkpoint), *LOCAL, "--json", "--exit-with-stdin"]
+    command = [sys.executable, "-m", "swarm.server", *asked]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None
@@ -237,16 +259,22 @@ def test_it_leaves_when_standard_input_ends(checkpoint: Path) -> None:
         assert server.wait(LEFT_WITHIN) == 0
 
 
-COMMAND = [sys.executable, "-m", "swarm.server"]
-
-
 def refused(*arguments: str, code: int, says: str) -> None:
     """The command ends with `code`, one sentence that matches `says`, a hint, and no traceback."""
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=START)
-    assert done.returncode == code, done.stderr
-    assert re.search(f"^error: .*{says}", done.stderr, re.MULTILINE), done.stderr
-    assert re.search("^hint: ", done.stderr, re.MULTILINE), done.stderr
-    assert "Traceback" not in done.stderr
+    found, said = asyncio.run(ended(arguments))
+    assert found == code, said
+    assert re.search(f"^error: .*{says}", said, re.MULTILINE), said
+    assert re.search("^hint: ", said, re.MULTILINE), said
+    assert "Traceback" not in said
+
+
+async def ended(arguments: Sequence[str]) -> tuple[int, str]:
+    """How a server ends that cannot serve, and what it says on standard error."""
+    with TemporaryFile() as log:
+        async with asyncio.timeout(START):
+            code = await (await FORKS.launch(arguments, log)).wait()
+        log.seek(0)
+        return code, log.read().decode()
 
 
 @pytest.mark.parametrize(
