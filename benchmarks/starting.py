@@ -1,9 +1,9 @@
 """How long a server takes until it listens, and until it serves, and with how much processor time.
 
-    python -m benchmarks.starting [--rounds 5] [--together 1] [--json FILE]
+    python -m benchmarks.starting [--rounds 5] [--together 1] [--forked] [--json FILE]
 
-Servers of a third of the real model start anew, each a swarm of its own, `--together` of them at once;
-figures are medians over all.
+Servers of a third of the real model start, each a swarm of its own, `--together` of them at once: anew, or
+`--forked` from a process that has imported what they need. Figures are medians over all.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import asyncio
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.servers import STARTING, server_process
+from swarm.forking import ForkServer
+from swarm.processes import Launcher
 from swarm.spans import Span
 
 MODEL, DTYPE, SPAN = "smollm2-135m", "float16", Span(0, 10)
@@ -35,21 +38,24 @@ class Start:
     serving_cpu: float
 
 
-async def start(folder: Path, number: int) -> Start:
-    async with server_process(MODEL, DTYPE, SPAN, folder / f"{number}.log") as server:
-        process, started = psutil.Process(server.pid), time.perf_counter()
+async def start(log: Path, launcher: Launcher | None) -> Start:
+    started = time.perf_counter()
+    async with server_process(MODEL, DTYPE, SPAN, log, launcher=launcher) as server:
+        process = psutil.Process(server.pid)
         await server.wait_for("listening", STARTING)
         listening, listening_cpu = time.perf_counter() - started, sum(process.cpu_times()[:2])
         await server.wait_for("serving", STARTING)
         return Start(listening, listening_cpu, time.perf_counter() - started, sum(process.cpu_times()[:2]))
 
 
-async def measure(rounds: int, together: int) -> list[Start]:
+async def measure(rounds: int, together: int, launcher: Launcher | None) -> list[Start]:
     starts: list[Start] = []
     with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{number}.log") for number in range(together)]
+        if launcher is not None:
+            await start(logs[0], launcher)  # waits until the fork server has imported everything
         for _ in range(rounds):
-            some = [start(Path(folder), number) for number in range(together)]
-            starts += await asyncio.gather(*some)
+            starts += await asyncio.gather(*(start(log, launcher) for log in logs))
     return starts
 
 
@@ -59,9 +65,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--together", type=int, default=1, help="servers that start at once")
+    parser.add_argument("--forked", action="store_true", help="fork them, in place of starting them anew")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    starts = asyncio.run(measure(args.rounds, args.together))
+    with ForkServer("swarm.server", "swarm.server.preload") if args.forked else nullcontext() as launcher:
+        starts = asyncio.run(measure(args.rounds, args.together, launcher))
     found = {name: median(asdict(one)[name] for one in starts) for name in asdict(starts[0])}
     table = Table("until it", "seconds", "processor seconds")
     for event in ("listening", "serving"):
@@ -69,7 +77,8 @@ def main() -> None:
     Console().print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"together": args.together, **found}, indent=1) + "\n")
+        asked = {"together": args.together, "forked": args.forked}
+        args.json.write_text(json.dumps(asked | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
