@@ -39,9 +39,13 @@ class Internet:
         assert found is not None
         return int(found[1])
 
+    def enter(self, host: str) -> list[str]:
+        """What to put before a command that is to run at `host`."""
+        return ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self._holders[host]}"]
+
     @contextmanager
     def at(self, host: str) -> Iterator[None]:
-        """Be at `host`: what this thread starts meanwhile is there for good."""
+        """Be at `host`: what this thread starts is there for good. Not for tasks that take turns."""
         before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             _enter(self._holders[host])
@@ -144,10 +148,9 @@ def _wire(
 
 
 async def started_at(net: Internet, host: str, *command: str) -> asyncio.subprocess.Process:
-    """A process at `host`, its output in pipes."""
+    """A process at `host`, its output in pipes. Several may be started at once."""
     pipe = asyncio.subprocess.PIPE
-    with net.at(host):
-        return await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+    return await asyncio.create_subprocess_exec(*net.enter(host), *command, stdout=pipe, stderr=pipe)
 
 
 def _enter(namespace: int) -> None:
