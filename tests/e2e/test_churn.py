@@ -15,9 +15,9 @@ from swarm.client.facade import Chat
 from swarm.spans import Span
 from tests.forks import FORKS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-SHORT = Churn(seconds=30.0, clients=4, tokens=48, standby=True)
+SHORT = Churn(seconds=120.0, standby=True)
 CHATS = 8
 TALKING = 120.0
 """Seconds within which all chats must have come to their end."""
@@ -28,12 +28,12 @@ SPANS = (Span(0, 10), Span(10, 20), Span(10, 20), Span(20, 30))
 
 
 async def test_servers_are_killed_and_come_back_while_clients_talk(tmp_path: Path) -> None:
-    """The short form of `python -m benchmarks.churn --standby`; the long one tells how long pauses are."""
+    """`python -m benchmarks.churn --minutes 2 --standby`; the long form tells how long pauses are."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     found = await run(replace(SHORT, seed=seed), tmp_path, FORKS)
     assert not found["broken"], found
-    assert found["losses"] >= 3
+    assert found["losses"] >= 6
     assert found["counts"]["answers"] >= SHORT.clients
     assert found["counts"]["recoveries"] or found["answers_hit"] <= 1  # that one may have been about to end
 
