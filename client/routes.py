@@ -161,17 +161,19 @@ class Routes:
     ) -> Hop | None:
         """The fastest other hop that can go on with what `hop` holds, as it is; None if there is none now.
 
-        None of the peers `left_out`. The session's other blocks are run, or stood by for, by the hops
-        `beside`. Where there is none, the directory looks for newcomers soon.
+        None of the peers `left_out`, and no suspect: who is gone stays announced for a while. The session's
+        other blocks are run, or stood by for, by the hops `beside`. Where there is none, the directory looks
+        for newcomers soon.
         """
         limits = self._limits.beside((other.peer, other.span) for other in beside)
-        alike = _form(hop.announcement)
-        asked = dict.fromkeys([hop.peer, *left_out], "has been asked")
+        alike, costs = _form(hop.announcement), self.costs()
+        asked = dict.fromkeys(costs.penalties, "has failed")
+        asked |= dict.fromkeys([hop.peer, *left_out], "has been asked")
         for one in self._directory.announcements:
             if _form(one) != alike or not one.span.covers(hop.span):
                 asked[one.peer_id] = "cannot hold what that hop holds"
         try:
-            hops = self._find(hop.span, tokens, ONE_TOKEN, self.costs(), limits, asked).hops
+            hops = self._find(hop.span, tokens, ONE_TOKEN, costs, limits, asked).hops
         except NoRoute:
             if self._now() >= self._hurried_at + HURRY_PERIOD:
                 self._hurried_at = self._now()

@@ -247,6 +247,24 @@ async def test_who_takes_the_place_of_a_lost_peer_is_looked_for_at_once() -> Non
 
 
 @in_virtual_time
+async def test_who_has_failed_or_cannot_be_reached_is_nobodys_standby() -> None:
+    board = Board(A, B, SPARE, C)
+    found = routes(board)
+
+    def standby() -> str | None:
+        other = found.standby_for(hop(SPARE), 10, beside=[hop(A), hop(C)], left_out=())
+        return other and other.peer
+
+    assert standby() == "b"
+    found.judge(SessionLost(hop(B), "closed the connection"))
+    assert standby() is None
+    await asyncio.sleep(3.0)
+    assert standby() == "b"
+    board.missing.add("b")
+    assert standby() is None
+
+
+@in_virtual_time
 async def test_lack_of_room_is_no_strike_and_over_when_the_peer_said() -> None:
     found = routes(Board(A, B, C))
     found.judge(NoCapacity(hop(B), "has no room for another session", 5.0))
