@@ -281,17 +281,17 @@ def _session_options(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--journal-memory",
-        type=cli.size,
+        type=cli.room,
         default=defaults.journal_memory,
         metavar="SIZE",
         help="memory for what is needed when a server is lost, for all sessions (default: 256MiB)",
     )
     add(
         "--journal-disk",
-        type=cli.size,
+        type=cli.room,
         default=defaults.journal_disk,
         metavar="SIZE",
-        help="room for more of it in a temporary file (default: 4GiB)",
+        help="room for more of it in a temporary file; 0 writes nothing to disk (default: 4GiB)",
     )
 
 

@@ -23,7 +23,17 @@ from swarm.configuring import Place
 from swarm.errors import SwarmError
 from swarm.help_text import examples
 from swarm.importing import importing_for_good
-from swarm.option_values import addresses, count, duration, file_path, number, port, size, whole_number
+from swarm.option_values import (
+    addresses,
+    count,
+    duration,
+    file_path,
+    number,
+    port,
+    room,
+    size,
+    whole_number,
+)
 from swarm.parsing import DEFAULT_MODEL, Parser, shared_options
 
 if TYPE_CHECKING:
@@ -48,6 +58,7 @@ __all__ = [
     "number",
     "port",
     "print_error",
+    "room",
     "run",
     "shared_options",
     "size",

@@ -74,6 +74,11 @@ def size(text: str) -> int:
     return int(found)
 
 
+def room(text: str) -> int:
+    """Bytes as `size` reads them, or 0 for none."""
+    return 0 if text.strip() == "0" else size(text)
+
+
 def count(text: str) -> int:
     """A whole number of at least one."""
     if not (text.isdecimal() and int(text) > 0):
@@ -108,7 +113,7 @@ TEXTS: tuple[Callable[[str], Any] | None, ...] = (None, str, file_path, addresse
 
 def spelled(value: object, read: Callable[[str], Any] | None) -> bool | int | float | str:
     """`value` in the shortest form that `read` reads as the same value."""
-    if read is size and isinstance(value, int):
+    if read in (size, room) and isinstance(value, int):
         return _spelled_size(value)
     if read is duration and isinstance(value, float):
         return _spelled_duration(value)

@@ -16,12 +16,13 @@ from swarm.option_values import (
     names,
     number,
     port,
+    room,
     size,
     spelled,
     whole_number,
 )
 
-READERS = (duration, size, count, port, number, whole_number, addresses, names)
+READERS = (duration, size, room, count, port, number, whole_number, addresses, names)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,17 @@ def test_names() -> None:
 )
 def test_sizes(text: str, expected: int) -> None:
     assert size(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), (" 0 ", 0), ("512MB", 512 * 10**6)])
+def test_room_may_be_none(text: str, expected: int) -> None:
+    assert room(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0.0", "0MB", "much"])
+def test_what_is_no_room(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="not a size"):
+        room(text)
 
 
 @given(st.text(max_size=12) | st.from_regex(r"\A[0-9]{300,400}(s|GiB)?\Z"))
@@ -75,6 +87,8 @@ def test_a_duration_is_written_as_one_that_reads_the_same(seconds: Decimal) -> N
         (6 * 2**30, size, "6GiB"),
         (900 * 10**6, size, "900MB"),
         (5, size, 5),
+        (0, room, 0),
+        (4 * 2**30, room, "4GiB"),
         (7200.0, duration, "2h"),
         (90.0, duration, "90s"),
         (0.25, duration, "0.25"),
