@@ -99,6 +99,7 @@ class JournalStore:
         self._disk_limit = disk_limit
         self._bytes = 0
         self._file = SpillFile(disk_limit)
+        self._has_warned = False
         self._in_memory: OrderedDict[Segment, None] = OrderedDict()  # oldest first, as the next
         self._on_disk: OrderedDict[Segment, None] = OrderedDict()
 
@@ -169,7 +170,9 @@ class JournalStore:
                 oldest = next(iter(self._on_disk))
                 oldest.journal.forget_through(oldest)
         except OSError as error:
-            logger.warning("a journal loses its oldest part, since it cannot be written to disk: %s", error)
+            if not self._has_warned:
+                logger.warning("journals lose their oldest parts: the disk takes no more: %s", error)
+            self._has_warned = True
             return None
         return extent
 

@@ -276,6 +276,23 @@ async def test_a_disk_that_fails_costs_what_was_on_it(monkeypatch: pytest.Monkey
     store.close()
 
 
+async def test_a_full_disk_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError("no space left on device")
+
+    store = JournalStore(memory_limit=0, disk_limit=AMPLE)
+    journal = plain(store)
+    monkeypatch.setattr(os, "pwrite", fail)
+    for start in range(0, 200, 50):
+        journal.put(start, rows_of(start, 50), 50)
+    assert [record.message for record in caplog.records] == [
+        "journals lose their oldest parts: the disk takes no more: no space left on device"
+    ]
+    store.close()
+
+
 async def test_rows_forgotten_while_they_are_read_are_read_all_the_same() -> None:
     store = JournalStore(memory_limit=0, disk_limit=100 * ROW)
     journal, other = plain(store), plain(store)
