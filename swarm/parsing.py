@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         settings = settings_of(self)
         said, unknown = super().parse_known_args(given, _nothing_given(setting.dest for setting in settings))
         if unknown:
-            return said, unknown
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         try:
             file = _config_file(said)
             settled = settle(settings, vars(said), os.environ, file, self.place)

@@ -148,6 +148,7 @@ def test_zsh_takes_its_completion(tmp_path: Path) -> None:
         (["sever"], 2, "invalid choice: 'sever'"),
         (["--", "server"], 2, "error: "),
         (["client", "caht"], 2, "hint: 'swarm client --help' shows what can be given."),
+        (["client", "route", "--nwe"], 2, "hint: 'swarm client route --help' shows what can be given."),
     ],
 )
 def test_one_name_leads_to_all_commands(
