@@ -32,6 +32,9 @@ LACKS: dict[Lack, str] = {
     "trusted server": "No trusted server serves {blocks} of {model}, which others may not run",
     "share": "Nobody is left for {blocks} of {model}, since no peer may run so large a share of it",
 }
+TAKEN = "No server can take {blocks} of {model} now"
+"""What is said instead where servers serve them all."""
+
 HINTS: dict[Lack, str] = {
     "server": "Start one: {start}.",
     "trusted server": "Trust more peers, or start a server of your own: {start}.",
@@ -236,7 +239,10 @@ def _no_route(
         *(f"{label(s)} has room for {s.kv_tokens_left} tokens where {tokens} are needed" for s in full),
         *(f"{label(s)} {excluded[s.peer_id]}" for s in failed if s not in full),
     ]
-    message = LACKS[lack].format(blocks=blocks, model=model)
+    held = {block for server in concerned if server.state == "serving" for block in server.span.blocks}
+    is_full = lack != "share" and all(held.issuperset(span.blocks) for span in missing)
+    said = TAKEN if is_full and lack == "server" else LACKS[lack]
+    message = said.format(blocks=blocks, model=model)
     message += f": {'; '.join(reasons)}." if reasons else "."
     if loading or asleep or failed:
         hint = "Wait a little and try again."
@@ -245,6 +251,4 @@ def _no_route(
     else:
         start = f"python -m swarm.server --model {model} --blocks {missing[0]}"
         hint = HINTS[lack].format(start=start)
-    held = {block for server in concerned if server.state == "serving" for block in server.span.blocks}
-    is_full = lack != "share" and all(held.issuperset(span.blocks) for span in missing)
     return NoRoute(message, hint, missing, loading, to_wake, is_full=is_full)

@@ -271,6 +271,15 @@ def test_no_route_says_which_blocks_and_why() -> None:
     assert error.hint
 
 
+def test_no_route_through_full_servers_does_not_say_that_there_are_none() -> None:
+    with pytest.raises(NoRoute) as caught:
+        find_route([server("x", 0, 9, kv_tokens_left=9)], Span(0, 9), costs=costs({}), model="m", tokens=10)
+    assert caught.value.message == (
+        "No server can take blocks 0 to 8 of m now: …x has room for 9 tokens where 10 are needed."
+    )
+    assert caught.value.is_full
+
+
 def test_no_route_without_anybody_says_how_to_start_a_server() -> None:
     with pytest.raises(NoRoute) as caught:
         find_route([server("x", 0, 9)], Span(0, 10), costs=costs({}), model="m")
