@@ -70,7 +70,7 @@ def connect(
         dtype: of embeddings and head on this machine, as for a server.
         draft_model: a small model with the same vocabulary, named as `model` is, that runs on this machine
             and drafts tokens for the swarm to verify; without one, drafts come from the text before.
-        on_waiting: called with the reason while there is no route yet.
+        on_waiting: called with the reason while a route is waited for.
         on_progress: called, from any thread, with the stage of finding the model and its done fraction.
         sessions: how sessions travel: see `swarm.client.options.SessionOptions`.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from swarm import cli
 from swarm.client.lines import typed_lines
 from swarm.client.options import Options
-from swarm.client.terminal import answer_options, joined_swarm
+from swarm.client.terminal import SCREEN, answer_options, joined_swarm
 from swarm.client.text import printable
 from swarm.errors import SwarmError
 from swarm.net.transport import TransportError
@@ -115,10 +115,10 @@ class _Talk:
             try:
                 async for piece in stream:
                     if not self._as_json:
-                        print(printable(piece), end="", flush=True)
+                        SCREEN.write(printable(piece))
             finally:
                 if not self._as_json:
-                    print(flush=True)
+                    SCREEN.end_line()
 
     def say(self, text: str) -> None:
         """A line of the chat itself: dim in a terminal, and never among JSON lines."""

@@ -28,7 +28,7 @@ class RemoteFault(HopError):
     """The peer is gone, too slow, or answers nonsense."""
 
     def __init__(self, hop: Hop, reason: str):
-        super().__init__(hop, reason, "Try again: the next route will avoid this peer.")
+        super().__init__(hop, reason, "Try again: the next route avoids this peer where there is another.")
 
 
 class Gone(RemoteFault):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from swarm import cli
 from swarm.client.options import Options
-from swarm.client.terminal import answer_options, joined_swarm
+from swarm.client.terminal import SCREEN, answer_options, joined_swarm
 from swarm.client.text import printable
 from swarm.errors import InputError
 
@@ -53,8 +53,8 @@ async def answer(
     shown = printable if sys.stdout.isatty() else str
     try:
         async for piece in stream:
-            print(shown(piece), end="", flush=True)
+            SCREEN.write(shown(piece))
     finally:
         await stream.aclose()
-        print(flush=True)
+        SCREEN.end_line()
     return await stream.result()

@@ -20,7 +20,7 @@ from swarm.client.faults import HopError, NoCapacity, RemoteFault, RequestRefuse
 from swarm.client.graph import View
 from swarm.client.lots import lot
 from swarm.client.privacy import NO_PRIVACY, Limits, Privacy
-from swarm.client.route import Hop, NoRoute, Route, find_route
+from swarm.client.route import Hop, NoRoute, Route, blocks_text, find_route
 from swarm.client.waking import wake
 from swarm.client.witnesses import choose_witness
 from swarm.dht.announcement import Announcement
@@ -357,6 +357,7 @@ class Routes:
         route = _found(find)
         if route is None or self._is_rested(route):
             return
+        self._on_waiting(self._why_it_rests(route))
         until = self._experience.rest_until(hop.peer for hop in route.hops)
 
         def is_rested() -> bool:
@@ -367,6 +368,12 @@ class Routes:
 
     def _is_rested(self, route: Route) -> bool:
         return self._experience.rest_until(hop.peer for hop in route.hops) <= self._now()
+
+    def _why_it_rests(self, route: Route) -> SwarmError:
+        now = self._now()
+        resting = [hop for hop in route.hops if self._experience.rest_until([hop.peer]) > now]
+        blocks = ", ".join(blocks_text(hop.span) for hop in resting)
+        return SwarmError(f"All servers of {blocks} of {self._model.name} have failed just now.")
 
     async def _wake(self, server: Announcement, timeout: float) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What the commands share: the options of an answer, and joining a swarm while a person watches."""
+"""What the commands share: the options of an answer, joining a swarm, and showing both to a person."""
 
 import argparse
 import asyncio
@@ -93,6 +93,33 @@ def answer_options(args: argparse.Namespace) -> Options:
     return options
 
 
+class Screen:
+    """Standard output, to which an answer is written, and standard error beside it: often one terminal."""
+
+    def __init__(self) -> None:
+        self._is_mid_line = False
+
+    def write(self, piece: str) -> None:
+        """Show what an answer goes on with."""
+        print(piece, end="", flush=True)
+        if piece:
+            self._is_mid_line = not piece.endswith("\n")
+
+    def end_line(self) -> None:
+        print(flush=True)
+        self._is_mid_line = False
+
+    def notice(self, line: str) -> None:
+        """Say something on standard error, on a line of its own."""
+        if self._is_mid_line and sys.stdout.isatty():
+            self.end_line()
+        print(line, file=sys.stderr, flush=True)
+
+
+SCREEN = Screen()
+"""The one of this process."""
+
+
 def waiting_reporter(*, quiet: bool = False) -> Callable[[SwarmError], None]:
     """Says on standard error why there is no route, and who is woken for it; but not each new percentage."""
     said: object = None
@@ -105,7 +132,7 @@ def waiting_reporter(*, quiet: bool = False) -> Callable[[SwarmError], None]:
             else reason.message
         )
         if key != said and not quiet:
-            print("\n".join(_news(reason)), file=sys.stderr, flush=True)
+            SCREEN.notice("\n".join(_news(reason)))
         said = key
 
     return report

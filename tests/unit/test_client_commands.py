@@ -22,8 +22,8 @@ from swarm.client.lines import LEAVE_HINT, terminal_lines
 from swarm.client.peers import report_peers
 from swarm.client.peers_table import table
 from swarm.client.route import NoRoute
-from swarm.client.terminal import waiting_reporter
-from swarm.errors import InputError
+from swarm.client.terminal import SCREEN, waiting_reporter
+from swarm.errors import InputError, SwarmError
 from swarm.spans import Span
 from tests.toy_swarm import scripted, toy_swarm
 
@@ -221,6 +221,21 @@ def test_waiting_is_said_once_for_each_reason(capsys: Any) -> None:
     for missing in (Span(0, 1), Span(0, 1), Span(1, 2)):
         report(NoRoute(f"blocks {missing} are missing", "", [missing]))
     assert capsys.readouterr().err.count("Waiting.") == 2
+
+
+def test_a_notice_does_not_run_into_an_answer(capsys: Any, monkeypatch: Any) -> None:
+    report = waiting_reporter()
+    SCREEN.write("Once upon")
+    report(SwarmError("Nobody is there."))  # the answer goes to a file
+    assert capsys.readouterr().out == "Once upon"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report(SwarmError("Nobody comes."))
+    report(SwarmError("Nobody ever comes."))
+    SCREEN.write(" a time")
+    SCREEN.end_line()
+    said = capsys.readouterr()
+    assert said.out == "\n a time\n"
+    assert said.err == "Waiting. Nobody comes.\nWaiting. Nobody ever comes.\n"
 
 
 def test_help_is_light() -> None:

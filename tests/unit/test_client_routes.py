@@ -175,6 +175,19 @@ async def test_a_server_that_appears_ends_the_rest_of_a_suspect() -> None:
 
 
 @in_virtual_time
+async def test_it_is_told_why_there_is_a_pause_where_all_holders_have_failed() -> None:
+    board, told = Board(A, B, SPARE, C), []
+    transport = MemoryNetwork().transport("client")
+    found = Routes(board, transport, MODEL, timeout=60.0, on_waiting=told.append)  # type: ignore[arg-type]
+    found.judge(RemoteFault(hop(B), "cannot be reached"))
+    assert peers(await found.detour(Span(2, 4), 10, like=B, timeout=60.0)) == ["spare"]
+    assert not told
+    found.judge(RemoteFault(hop(SPARE), "cannot be reached"))
+    await found.detour(Span(2, 4), 10, like=B, timeout=60.0)
+    assert [reason.message for reason in told] == ["All servers of blocks 2 to 3 of m have failed just now."]
+
+
+@in_virtual_time
 async def test_attempts_through_the_only_holder_are_made_in_growing_pauses() -> None:
     found, times = routes(Board(A, B, C), timeout=30.0), []
 
