@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from swarm.baton import Baton
 from swarm.blocks.batch import Fairness, Share, form_batch
 from swarm.blocks.checks import StepForm, check_step, max_step_tokens
 from swarm.blocks.company import Pressure, patience, wanted
@@ -188,7 +189,7 @@ class Engine:
         ids = check_step(self._loaded, session, form)
         if self._sessions.keeps_prefixes:
             session.kv.expect(seq_pos, ids, page_keys)
-        now, result = time.perf_counter(), asyncio.get_running_loop().create_future()
+        now, result = time.perf_counter(), Baton[StepResult]()
         brought, tokens = data if ids is None else ids, shape[0]
         step = PendingStep(session, seq_pos, tokens, brought, rows or tokens, now, result, since=now)
         step.wants_tokens = response_type == "token_ids"
@@ -330,10 +331,8 @@ class Engine:
     ) -> None:
         """Hand out what the iteration gave; who got a result may have the next step at hand after that."""
         seconds = time.perf_counter() - started
-        try:
-            self._hand_out(pieces, error)
-        finally:
-            asyncio.get_running_loop().call_soon(self._go_on, pieces, None if error else seconds)
+        asyncio.get_running_loop().call_soon(self._go_on, pieces, None if error else seconds)
+        self._hand_out(pieces, error)
 
     def _go_on(self, pieces: Sequence[Piece], seconds: float | None) -> None:
         """Go on with what is ready by now, and before that count what was computed."""

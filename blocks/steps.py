@@ -1,11 +1,11 @@
 """The steps of an engine's sessions: what each was asked for, how far it is, and where its time went."""
 
-import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from swarm.baton import Baton
 from swarm.blocks.batch import DECODE_ROWS
 from swarm.blocks.kv import SessionKV
 from swarm.blocks.precision import WireForm
@@ -56,7 +56,7 @@ class PendingStep:
     data: memoryview | bytes | list[int]
     asked: int
     arrived: float
-    result: "asyncio.Future[StepResult]"
+    result: "Baton[StepResult]"
     wants_tokens: bool = False
     is_alone: bool = False
     done: int = 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+from swarm.baton import Bell
 from swarm.client.faults import HopError, NoCapacity
 from swarm.client.inputs import Inputs, Wired
 from swarm.client.leg import Leg, Pending
@@ -84,7 +85,7 @@ class Relay:
         self._observer = observer
         self._clock = clock
         self._on_news = on_news
-        self._changed = asyncio.Event()
+        self._changed = Bell()
         self._watch = Watch(clock, self._on_not_taken, self._changed.set)
         self._number = 0
         self._wanted = Wanted(0, 0, "hidden_states")
@@ -116,7 +117,7 @@ class Relay:
                 if attempts == MAX_ATTEMPTS:
                     raise RuntimeError("a session has nothing to send and nothing to wait for")
                 edges, attempts = self._begin(), attempts + 1
-            elif not self._changed.is_set():
+            elif not self._changed.is_set:
                 await self._wait()
         return outcome
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from swarm.baton import Bell
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.errors import SwarmError
 from swarm.net import messages
@@ -99,7 +100,7 @@ class Hosted:
         self._turn = asyncio.Lock()  # held by what works on the session in the engine
         self._waiting: deque[Waiting] = deque()
         self._bytes = 0
-        self._came = asyncio.Event()
+        self._came = Bell()
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._taken = 0
@@ -139,8 +140,8 @@ class Hosted:
                 self.feed_from(None)  # it is copied to no more
         self._waiting.append(Waiting(asked, body, is_fed, time.perf_counter()))
         self._count_bytes(len(body))
-        self._came.set()
         self._on_used()
+        self._came.set()
 
     def link(self, asked: Link) -> None:
         """Connect to the next hop, in the background, and tell the client once steps can go on there."""

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LEAVES = {
     "swarm.allowance",
+    "swarm.baton",
     "swarm.errors",
     "swarm.fork_server",
     "swarm.forking",
