@@ -173,15 +173,15 @@ class HopStream:
         assert self._calls is not None
         try:
             with blaming(self._hop):
-                while True:
-                    self._hear(*await self._calls.receive(max_body))
+                await self._calls.receive(max_body, self._takes)
         except HopError as fault:
             self._end_waiting()
             self._on_end(fault)
         except Exception as bug:  # nobody awaits this task: whoever waits for the hop must hear of it
             self._on_end(bug)
 
-    def _hear(self, message: AnyMessage, body: memoryview) -> None:
+    def _takes(self, message: AnyMessage, body: memoryview) -> bool:
+        """Hear it, whatever it is."""
         self._heard += 1
         match message:
             case Pong():
@@ -192,6 +192,7 @@ class HopStream:
                     self._answer.set_result(message)
             case _:
                 self._on_message(message, body)
+        return True
 
     def _end_waiting(self) -> None:
         for future in (self._answer, *self._pongs.values()):

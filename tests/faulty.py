@@ -23,6 +23,7 @@ from swarm.net.transport import (
     PeerId,
     Stream,
     StreamClosed,
+    Takes,
     Transport,
     TransportError,
 )
@@ -197,7 +198,15 @@ class FaultyStream:
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         await self._stream.send(header, body)
 
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
+    async def receive(
+        self, max_body: int = MAX_BODY_BYTES, takes: Takes | None = None
+    ) -> tuple[bytes, memoryview]:
+        while True:
+            header, body = await self._receive(max_body)
+            if takes is None or not takes(header, body):
+                return header, body
+
+    async def _receive(self, max_body: int) -> tuple[bytes, memoryview]:
         while not self._coming:
             self._strike(*await self._stream.receive(max_body))
         due, header, body = self._coming[0]

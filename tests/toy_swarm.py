@@ -25,7 +25,7 @@ from swarm.net import messages
 from swarm.net.identity import Identity
 from swarm.net.memory import MemoryNetwork
 from swarm.net.messages import AnyMessage, Close, Feed, Open, Opened, Step
-from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, Stream, Transport
+from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, Stream, Takes, Transport
 from swarm.net.virtual_time import VirtualTimeLoop
 from swarm.server.cell import OnProgress, ShardCell
 from swarm.server.metrics import Metrics
@@ -255,7 +255,15 @@ class Tapped:
     async def send(self, header: Buffer, body: Buffer = b"") -> None:
         await self._stream.send(messages.encode(self._server.says(messages.decode(bytes(header)))), body)
 
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
+    async def receive(
+        self, max_body: int = MAX_BODY_BYTES, takes: Takes | None = None
+    ) -> tuple[bytes, memoryview]:
+        while True:
+            header, body = await self._receive(max_body)
+            if takes is None or not takes(header, body):
+                return header, body
+
+    async def _receive(self, max_body: int) -> tuple[bytes, memoryview]:
         while True:
             header, body = await self._stream.receive(max_body)
             with suppress(FrameError):

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 from swarm.errors import SwarmError
 from swarm.net import messages
@@ -28,6 +29,10 @@ _ANSWERS: dict[type[AnyMessage], type[AnyMessage]] = {
     messages.Close: messages.Closed,
 }
 _ECHOED = ("nonce", "session_id", "seq_pos", "number")  # fields that an answer repeats from its question
+
+
+TakesMessage: TypeAlias = Callable[[AnyMessage, memoryview], bool]
+"""Is shown a message and its body, and tells whether it has taken it."""
 
 
 class Refused(SwarmError):
@@ -63,17 +68,27 @@ class MessageStream:
         """Send one message at once if nothing is in its way, and tell whether that was done."""
         return self._stream.offer(messages.encode(message), body)
 
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[AnyMessage, memoryview]:
+    async def receive(
+        self, max_body: int = MAX_BODY_BYTES, takes: TakesMessage = lambda message, body: False
+    ) -> tuple[AnyMessage, memoryview]:
         """The next message, checked field by field, with a body of exactly the length it announces.
+
+        Each is first shown to `takes`, as soon as it has come: those that it takes are not returned.
 
         Raises:
             StreamClosed: the stream has ended.
             FrameError: the peer broke a rule of the protocol; the stream is closed.
         """
-        header, body = await self._stream.receive(max_body)
-        try:
+        message: AnyMessage
+
+        def takes_frame(header: bytes, body: memoryview) -> bool:
+            nonlocal message
             message = messages.decode(header)
             _check_body(message, body)
+            return takes(message, body)
+
+        try:
+            _, body = await self._stream.receive(max_body, takes_frame)
         except FrameError:
             self.close()
             raise

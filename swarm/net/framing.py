@@ -63,6 +63,18 @@ def check_sendable(header: Buffer, body: Buffer) -> None:
         raise ValueError(f"a frame of {header_bytes} + {body_bytes} bytes is larger than allowed")
 
 
+def lengths_of(data: bytes, max_body: int = MAX_BODY_BYTES, max_word: int = 0) -> tuple[int, int]:
+    """A frame's lengths, in bytes: header and body. It may be a word of up to `max_word` bytes.
+
+    Raises:
+        FrameError: they are not allowed.
+    """
+    header_bytes, body_bytes = LENGTHS.unpack(data)
+    if header_bytes or not 0 < body_bytes <= max_word:
+        check_lengths(header_bytes, body_bytes, max_body)
+    return header_bytes, body_bytes
+
+
 async def read_lengths(reader: Reader, max_body: int = MAX_BODY_BYTES, max_word: int = 0) -> tuple[int, int]:
     """The next frame's lengths, in bytes: header and body. Cancelling it loses nothing.
 
@@ -72,10 +84,7 @@ async def read_lengths(reader: Reader, max_body: int = MAX_BODY_BYTES, max_word:
         StreamClosed: the stream ended.
         FrameError: the lengths are not allowed.
     """
-    header_bytes, body_bytes = LENGTHS.unpack(await _read(reader, LENGTHS.size))
-    if header_bytes or not 0 < body_bytes <= max_word:
-        check_lengths(header_bytes, body_bytes, max_body)
-    return header_bytes, body_bytes
+    return lengths_of(await _read(reader, LENGTHS.size), max_body, max_word)
 
 
 async def read_frame(reader: Reader, lengths: tuple[int, int]) -> tuple[bytes, memoryview]:

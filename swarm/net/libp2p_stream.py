@@ -4,13 +4,14 @@ Knows frames, and which way they go; not how it was opened, nor when it is to tu
 """
 
 import asyncio
+from collections.abc import Generator
 from contextlib import suppress
 
 from swarm.net import framing
 from swarm.net.sealed_connection import LINGER, SealedConnection
 from swarm.net.shortcut_turns import Turn
 from swarm.net.shortcut_words import MAX_WORD_BYTES, OVER
-from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, StreamClosed
+from swarm.net.transport import MAX_BODY_BYTES, Buffer, FrameError, PeerId, StreamClosed, Takes
 
 
 class Libp2pStream:
@@ -31,10 +32,11 @@ class Libp2pStream:
         self.protocol = protocol
         self.turn: Turn | None = None
         self._daemon = reader, writer
-        self._reader: framing.Reader = reader
         self._writer: framing.Writer = writer
+        self._connection: SealedConnection | None = None  # by which it receives, once that is a shortcut
         self._sending = asyncio.Lock()
         self._is_closed = False
+        self._is_within = False  # a frame that has come in part
         self._watching: asyncio.Task[None] | None = None
         self._open_streams = open_streams
         open_streams.add(self)
@@ -65,13 +67,18 @@ class Libp2pStream:
         self._on_frame()
         return True
 
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
-        while True:
-            header, body = await self._receive(max_body)
-            if header:
-                self._on_frame()
+    async def receive(
+        self, max_body: int = MAX_BODY_BYTES, takes: Takes | None = None
+    ) -> tuple[bytes, memoryview]:
+        while self._connection is None:
+            header, body = await self._receive_from_daemon(max_body)
+            if not header:
+                self._on_word(bytes(body))
+                continue
+            self._on_frame()
+            if takes is None or not takes(header, body):
                 return header, body
-            self._on_word(bytes(body))
+        return await self._receive_short(self._connection, max_body, takes)
 
     def close(self) -> None:
         if self._is_closed:
@@ -97,24 +104,51 @@ class Libp2pStream:
         self._writer = connection
 
     def come_in_by(self, connection: SealedConnection) -> None:
-        self._reader = connection
+        self._connection = connection
         self._watching = asyncio.create_task(self._end_with_daemon(connection), name=f"watch {self.peer}")
 
-    async def _receive(self, max_body: int) -> tuple[bytes, memoryview]:
-        """The next frame or word."""
+    async def _receive_from_daemon(self, max_body: int) -> tuple[bytes, memoryview]:
+        """The next frame or word that comes through the daemon."""
         self._check_open()
-        is_short = self._reader is not self._daemon[0]
-        max_word = 0 if self.turn is None or is_short else MAX_WORD_BYTES
+        reader, max_word = self._daemon[0], 0 if self.turn is None else MAX_WORD_BYTES
         try:
-            lengths = await framing.read_lengths(self._reader, max_body, max_word)
+            lengths = await framing.read_lengths(reader, max_body, max_word)
         except (StreamClosed, FrameError):
             self.close()
             raise
         try:
-            return await framing.read_frame(self._reader, lengths)
+            return await framing.read_frame(reader, lengths)
         except BaseException:  # a frame half read, whatever the reason, leaves nothing to go on with
             self.close()
             raise
+
+    async def _receive_short(
+        self, connection: SealedConnection, max_body: int, takes: Takes | None
+    ) -> tuple[bytes, memoryview]:
+        """The next frame that comes by the shortcut and is not taken."""
+        self._check_open()
+        try:
+            return await connection.parse(self._frames(max_body, takes))
+        except asyncio.IncompleteReadError as error:
+            self.close()
+            raise StreamClosed("The peer ended the stream.") from error
+        except BaseException:
+            if self._is_within:
+                self.close()
+            raise
+
+    def _frames(self, max_body: int, takes: Takes | None) -> Generator[int, bytes, tuple[bytes, memoryview]]:
+        """A parser of frames up to the first that is not taken."""
+        while True:
+            lengths = yield framing.LENGTHS.size
+            self._is_within = True
+            header_bytes, body_bytes = framing.lengths_of(lengths, max_body)
+            header = yield header_bytes
+            body = memoryview((yield body_bytes))
+            self._is_within = False
+            self._on_frame()
+            if takes is None or not takes(header, body):
+                return header, body
 
     def _on_word(self, word: bytes) -> None:
         self._check_open()

@@ -25,6 +25,7 @@ from swarm.net.transport import (
     PeerId,
     PeerUnreachable,
     StreamClosed,
+    Takes,
     TransportError,
 )
 from swarm.net.wire import Link, Pipe, Wire
@@ -182,12 +183,17 @@ class MemoryStream:
             self.close()
             raise
 
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
-        try:
-            return await self._incoming.get(max_body)
-        except (StreamClosed, FrameError):
-            self.close()
-            raise
+    async def receive(
+        self, max_body: int = MAX_BODY_BYTES, takes: Takes | None = None
+    ) -> tuple[bytes, memoryview]:
+        while True:
+            try:
+                header, body = await self._incoming.get(max_body)
+            except (StreamClosed, FrameError):
+                self.close()
+                raise
+            if takes is None or not takes(header, body):
+                return header, body
 
     def close(self) -> None:
         """End both directions here at once, and at the other end when the news has come there."""

@@ -11,12 +11,13 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from swarm.baton import Baton
 from swarm.net.sealing import TAG_BYTES, SealBroken
 from swarm.net.transport import Buffer
 
@@ -30,6 +31,8 @@ LINGER = 5.0
 
 KEEP_ALIVE = 30
 """Seconds of rest after which TCP sends a sign of life: routers on the way forget what rests for long."""
+
+Parsed = TypeVar("Parsed")
 
 _KEEP_IDLE: int = getattr(socket, "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE")
 _NONCE = struct.Struct("<4xQ")
@@ -105,7 +108,8 @@ class SealedConnection(asyncio.Protocol):
         self._sealed = bytearray()
         self._opened = Pieces()
         self._wanted = 0
-        self._reading: asyncio.Future[None] | None = None
+        self._parser: Generator[int, bytes, Any] | None = None
+        self._parsed: Baton[Any]  # what it will have made of all
         self._may_write = asyncio.Event()
         self._may_write.set()
         self._connected: asyncio.Transport | None = None
@@ -137,25 +141,27 @@ class SealedConnection(asyncio.Protocol):
             raise ConnectionResetError("the shortcut has ended")
 
     async def readexactly(self, size: int, /) -> bytes:
-        """The next `size` bytes. Cancelling it loses nothing. One at a time.
+        """The next `size` bytes, as `parse` gives them. Cancelling it loses nothing."""
+        return await self.parse(_exactly(size))
+
+    async def parse(self, parser: Generator[int, bytes, Parsed]) -> Parsed:
+        """What `parser` makes of what comes. One at a time.
+
+        Each time it is given as many bytes as it asked for, at once when the last of them has come.
 
         Raises:
             IncompleteReadError: so many do not come any more.
+            Exception: what the parser raises.
         """
-        while self._opened.bytes < size:
-            if self.has_ended or self._is_left:
-                raise asyncio.IncompleteReadError(b"", size)
-            self._wanted = size
-            self._reading = asyncio.get_running_loop().create_future()
-            self._take_in()
-            try:
-                await self._reading
-            finally:
-                self._wanted, self._reading = 0, None
-        taken = self._opened.take(size)
-        if self._opened.bytes <= READ_AHEAD:
-            self._take_in()
-        return taken
+        self._parser, self._parsed = parser, Baton[Parsed]()
+        self._wanted = next(parser)
+        self._feed()
+        if self.has_ended or self._is_left:
+            self._starve()
+        try:
+            return await self._parsed
+        finally:
+            self._wanted, self._parser = 0, None
 
     async def wait_silent(self, patience: float) -> None:
         """Return once the other end has ended, or nothing has come for `patience` seconds that could have."""
@@ -174,7 +180,7 @@ class SealedConnection(asyncio.Protocol):
         if self._is_left:
             return
         self._is_left = True
-        self._wake()
+        self._starve()
         transport = self.transport
         if transport.is_closing():
             return
@@ -183,12 +189,13 @@ class SealedConnection(asyncio.Protocol):
             transport.close()
             return
         transport.write_eof()
-        self._take_in()
+        self._opened = Pieces()
+        self._heed_bound()
 
     def abort(self) -> None:
         """End it without waiting for anything. Safe to call again, and before it is connected."""
         self._is_left = True
-        self._wake()
+        self._starve()
         if self._connected is not None:
             self._connected.abort()
 
@@ -208,15 +215,11 @@ class SealedConnection(asyncio.Protocol):
         except SealBroken:
             self.transport.abort()
             return
-        if self._opened.bytes >= self._wanted:
-            self._wake()
-        if self._opened.bytes > max(READ_AHEAD, self._wanted):
-            self._is_paused = True
-            self.transport.pause_reading()
+        self._feed()
 
     def eof_received(self) -> bool:
         self.has_ended = True
-        self._wake()
+        self._starve()
         return not self._is_left
 
     def pause_writing(self) -> None:
@@ -230,7 +233,7 @@ class SealedConnection(asyncio.Protocol):
         if self._lingering is not None:
             self._lingering.cancel()
         self._may_write.set()
-        self._wake()
+        self._starve()
         self._on_lost(self)
 
     def _open_pieces(self) -> None:
@@ -248,14 +251,46 @@ class SealedConnection(asyncio.Protocol):
                 start = end
         del self._sealed[:start]
 
-    def _take_in(self) -> None:
-        if self._is_paused and not self.transport.is_closing():
-            self._is_paused = False
+    def _feed(self) -> None:
+        """Give the parser what it asks for, as far as that has come and it is waited for."""
+        parser = self._parser
+        try:
+            while parser and not self._parsed.done() and self._opened.bytes >= self._wanted:
+                self._wanted = parser.send(self._opened.take(self._wanted))
+        except StopIteration as end:
+            self._end_parsing(end.value)
+        except Exception as error:  # is for who waits for what is parsed
+            self._end_parsing(None, error)
+        self._heed_bound()
+
+    def _starve(self) -> None:
+        """The parser gets no more."""
+        if self._parser is not None:
+            self._end_parsing(None, asyncio.IncompleteReadError(b"", self._wanted))
+
+    def _end_parsing(self, parsed: object, error: Exception | None = None) -> None:
+        if self._parsed.done():
+            return
+        if error is not None:
+            self._parsed.set_exception(error)
+            self._parsed.exception()  # who waits for it may be gone by then
+        else:
+            self._parsed.set_result(parsed)
+
+    def _heed_bound(self) -> None:
+        """Take in no more while there is much that nobody wants."""
+        is_full = self._opened.bytes > max(READ_AHEAD, self._wanted)
+        if is_full == self._is_paused or self.transport.is_closing():
+            return
+        self._is_paused = is_full
+        if is_full:
+            self.transport.pause_reading()
+        else:
             self.transport.resume_reading()
 
-    def _wake(self) -> None:
-        if self._reading is not None and not self._reading.done():
-            self._reading.set_result(None)
+
+def _exactly(size: int) -> Generator[int, bytes, bytes]:
+    return (yield size)
 
 
 def _tune(connection: socket.socket) -> None:

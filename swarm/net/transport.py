@@ -77,8 +77,13 @@ class Stream(Protocol):
         """
         ...
 
-    async def receive(self, max_body: int = MAX_BODY_BYTES) -> tuple[bytes, memoryview]:
+    async def receive(
+        self, max_body: int = MAX_BODY_BYTES, takes: "Takes | None" = None
+    ) -> tuple[bytes, memoryview]:
         """The next frame: header and body. Lengths are checked before anything is allocated.
+
+        Each is first shown to `takes`, as soon as it has come: those that it takes are not returned, and what
+        it raises is raised here.
 
         Raises:
             StreamClosed: the stream has ended.
@@ -90,6 +95,9 @@ class Stream(Protocol):
         """End both directions at once; what was sent before still arrives. Safe to call again."""
         ...
 
+
+Takes: TypeAlias = Callable[[bytes, memoryview], bool]
+"""Is shown a frame, header and body, and tells whether it has taken it."""
 
 OnStream: TypeAlias = Callable[[Stream], Awaitable[None]]
 

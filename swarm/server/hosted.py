@@ -122,6 +122,20 @@ class Hosted:
         """The number of the newest step that was taken up."""
         return max([self._taken, *(one.asked.number for one in self._waiting if isinstance(one.asked, Step))])
 
+    def takes(self, asked: Step | HandOver, body: memoryview, *, is_fed: bool = False) -> bool:
+        """Let it have its turn, if it need not wait for that to be possible; whether it has."""
+        if self._is_closed or not self._has_room.is_set() or len(self._waiting) >= MAX_WAITING:
+            return False
+        if self.terms.is_standby:
+            self.terms.is_standby = False
+            if not is_fed:
+                self.feed_from(None)  # it is copied to no more
+        self._waiting.append(Waiting(asked, body, is_fed, time.perf_counter()))
+        self._count_bytes(len(body))
+        self._on_used()
+        self._came.set()
+        return True
+
     async def take(self, asked: Step | HandOver, body: memoryview, *, is_fed: bool = False) -> None:
         """Let it have its turn, once there is room for it to wait.
 
@@ -132,16 +146,8 @@ class Hosted:
         await self._has_room.wait()
         if self._is_closed:
             raise StreamClosed("The session has ended.")
-        if len(self._waiting) >= MAX_WAITING:
+        if not self.takes(asked, body, is_fed=is_fed):
             raise FrameError(f"A peer sent more than {MAX_WAITING} steps without waiting for answers.")
-        if self.terms.is_standby:
-            self.terms.is_standby = False
-            if not is_fed:
-                self.feed_from(None)  # it is copied to no more
-        self._waiting.append(Waiting(asked, body, is_fed, time.perf_counter()))
-        self._count_bytes(len(body))
-        self._on_used()
-        self._came.set()
 
     def link(self, asked: Link) -> None:
         """Connect to the next hop, in the background, and tell the client once steps can go on there."""

@@ -41,7 +41,9 @@ class Seat:
         return self.hosted.terms.session_id if self.hosted else "none"
 
     async def receive(self, idle: float) -> tuple[AnyMessage, memoryview]:
-        """The next message. A session falls idle without steps: pings keep none but standbys, but work does.
+        """The next message but steps that the session takes at once.
+
+        A session falls idle without steps: pings keep none but standbys, but work does.
 
         Raises:
             TimeoutError: nothing came for `idle` seconds.
@@ -103,14 +105,35 @@ class Seat:
     async def _receive(self) -> tuple[AnyMessage, memoryview]:
         """Unlike `MessageStream`, leaves the stream open for a last word when a message is malformed.
 
-        No body is taken before a session is open, or a probe was allowed some.
+        No body is taken before a session is open, or a probe was allowed some. Steps go straight to the
+        session where they can.
         """
-        header, body = await self.stream.receive(
-            self.hosted.terms.body_limit if self.hosted else self.probing
-        )
-        message = messages.decode(header)
-        if len(body) and not isinstance(message, Step | Probe):
-            raise FrameError(f"A peer sent a {type(message).__name__} with a body; only steps have one.")
-        if isinstance(message, Probe) and len(body) != message.size:
-            raise FrameError(f"A peer sent a Probe of {message.size} bytes with a body of {len(body)}.")
+        message: AnyMessage
+
+        def takes(header: bytes, body: memoryview) -> bool:
+            nonlocal message
+            message = _checked(header, body)
+            return isinstance(message, Step) and self._takes_step(message, body)
+
+        limit = self.hosted.terms.body_limit if self.hosted else self.probing
+        _, body = await self.stream.receive(limit, takes)
         return message, body
+
+    def _takes_step(self, step: Step, body: memoryview) -> bool:
+        hosted = self.hosted
+        if hosted is None or step.session_id != hosted.terms.session_id or not self.outbox.has_room:
+            return False
+        return hosted.takes(step, body)
+
+
+def _checked(header: bytes, body: memoryview) -> AnyMessage:
+    """
+    Raises:
+        FrameError: that is no message of this protocol, or not with such a body.
+    """
+    message = messages.decode(header)
+    if len(body) and not isinstance(message, Step | Probe):
+        raise FrameError(f"A peer sent a {type(message).__name__} with a body; only steps have one.")
+    if isinstance(message, Probe) and len(body) != message.size:
+        raise FrameError(f"A peer sent a Probe of {message.size} bytes with a body of {len(body)}.")
+    return message

@@ -371,11 +371,18 @@ class Sessions:
         hosted.feed_from(seat.stream)
         seat.outbox.put(Fed(session_id=asked.session_id))
         calls = MessageStream(seat.stream)
+
+        def takes(message: AnyMessage, body: memoryview) -> bool:
+            seat.touch()
+            if hosted.terms.is_standby or not isinstance(message, Step):
+                return False
+            return message.session_id == asked.session_id and hosted.takes(message, body, is_fed=True)
+
         try:
             while True:
                 await seat.outbox.wait_for_room()
                 idle = None if hosted.terms.is_standby else self._limits.idle  # that ends with the session
-                receiving = calls.receive(max(hosted.terms.body_limit, MAX_PIECE_BYTES))
+                receiving = calls.receive(max(hosted.terms.body_limit, MAX_PIECE_BYTES), takes)
                 message, body = await seat.unless_idle(idle, receiving)
                 seat.touch()
                 match message:

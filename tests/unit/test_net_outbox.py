@@ -40,7 +40,7 @@ class Reader:
             message: Any = messages.decode(bytes(header))
             self.taken.append((message.nonce, bytes(body)))
 
-    async def receive(self, max_body: int = 0) -> tuple[bytes, memoryview]:
+    async def receive(self, max_body: int = 0, takes: Any = None) -> tuple[bytes, memoryview]:
         raise AssertionError("nobody listens here")
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.net import libp2p_stream, sealed_connection, shortcut_port, shortcuts
-from swarm.net.framing import SMALL_BODY
+from swarm.net.framing import LENGTHS, SMALL_BODY
 from swarm.net.libp2p_stream import Libp2pStream
 from swarm.net.sealed_connection import LENGTH, MAX_PIECE_BYTES, Pieces, PieceSeal
 from swarm.net.shortcut_port import GREETING_BYTES, ShortcutPort, greeting
@@ -54,7 +54,7 @@ class Ends:
 
     @property
     def are_short(self) -> bool:
-        return all(end.is_short and end._reader is not end._daemon[0] for end in self.both)
+        return all(end.is_short and end._connection is not None for end in self.both)
 
     async def echo(self, body: bytes) -> None:
         for one, other in (self.both, self.both[::-1]):
@@ -220,6 +220,92 @@ async def test_a_receive_cancelled_between_frames_loses_nothing():
             async with asyncio.timeout(0.05):
                 await stream.opener.receive()
         await stream.echo(b"all the same")
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+async def test_frames_are_shown_as_they_come_until_one_is_not_taken(is_short):
+    async with ends() as stream:
+        if is_short:
+            await stream.turn()
+        shown: list[bytes] = []
+
+        def takes(header: bytes, body: memoryview) -> bool:
+            assert body == header * 1000
+            shown.append(header)
+            return header != b"c"
+
+        receiving = asyncio.create_task(stream.acceptor.receive(takes=takes))
+        for header in (b"a", b"b", b"c", b"d"):
+            await stream.opener.send(header, header * 1000)
+        async with asyncio.timeout(PATIENCE):
+            assert await receiving == (b"c", b"c" * 1000)
+            assert shown == [b"a", b"b", b"c"]
+            assert await stream.acceptor.receive() == (b"d", b"d" * 1000)
+        await stream.echo(b"goes on")
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+async def test_what_taking_a_frame_raises_is_raised_where_one_receives(is_short):
+    def takes(header: bytes, body: memoryview) -> bool:
+        raise ZeroDivisionError
+
+    async with ends() as stream:
+        if is_short:
+            await stream.turn()
+        await stream.opener.send(b"x")
+        with pytest.raises(ZeroDivisionError):
+            async with asyncio.timeout(PATIENCE):
+                await stream.acceptor.receive(takes=takes)
+        await stream.echo(b"goes on")
+
+
+async def test_who_stops_listening_while_taking_a_frame_is_shown_no_more():
+    async with ends() as stream:
+        await stream.turn()
+        shown: list[bytes] = []
+
+        def takes(header: bytes, body: memoryview) -> bool:
+            shown.append(header)
+            receiving.cancel()
+            return True
+
+        receiving = asyncio.create_task(stream.acceptor.receive(takes=takes))
+        await asyncio.sleep(0)
+        stream.opener._writer.write(b"".join(LENGTHS.pack(1, 0) + header for header in (b"a", b"b")))
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(asyncio.CancelledError):
+                await receiving
+            assert shown == [b"a"]
+            assert await stream.acceptor.receive() == (b"b", b"")
+
+
+async def test_who_closes_the_stream_while_taking_a_frame_is_shown_no_more():
+    async with ends() as stream:
+        await stream.turn()
+        shown: list[bytes] = []
+
+        def takes(header: bytes, body: memoryview) -> bool:
+            shown.append(header)
+            stream.acceptor.close()
+            return True
+
+        stream.opener._writer.write(b"".join(LENGTHS.pack(1, 0) + header for header in (b"a", b"b")))
+        with pytest.raises(StreamClosed):
+            async with asyncio.timeout(PATIENCE):
+                await stream.acceptor.receive(takes=takes)
+        assert shown == [b"a"]
+
+
+async def test_a_receive_cancelled_within_a_frame_closes_the_stream():
+    async with ends() as stream:
+        await stream.turn()
+        stream.opener._writer.write(LENGTHS.pack(1, 10) + b"xhalf")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await stream.acceptor.receive()
+        with pytest.raises(StreamClosed):
+            async with asyncio.timeout(PATIENCE):
+                await stream.opener.receive()
 
 
 async def test_what_is_too_large_closes_the_stream():
