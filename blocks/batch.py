@@ -80,6 +80,10 @@ class Fairness:
         least = min((given for client, given in self._given.items() if client in present), default=0)
         self._given = {client: self._given.get(client, least) for client in present}
 
+    def be_alone(self, client: Hashable) -> None:
+        """It alone has a step that is ready, and gets what it wants: others will start level with it."""
+        self._given = {client: 0}
+
     def given(self, client: Hashable) -> int:
         return self._given.get(client, 0)
 
@@ -108,6 +112,9 @@ def form_batch(ready: Sequence[Step], fairness: Fairness, prefill_rows: int, now
 
     `prefill_rows` is how many rows of prefill may go along. A prefill that is alone gets at least one.
     """
+    if len(ready) == 1 and ready[0].is_decode:
+        fairness.be_alone(ready[0].client)
+        return [Share(ready[0], ready[0].rows)]
     fairness.meet(step.client for step in ready)
     fairness.end_turns(now)
 

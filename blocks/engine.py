@@ -293,7 +293,9 @@ class Engine:
 
     def _serve(self) -> None:
         """See to it that an iteration takes up what is ready, with what else has come by then."""
-        if not self._is_serving:
+        if not self._is_serving and len(self._sessions) == 1:
+            self._iterate()
+        elif not self._is_serving:
             self._is_serving = True
             asyncio.get_running_loop().call_soon(self._gather)
         elif self._gathering is not None and len(self._ready) >= self._enough:

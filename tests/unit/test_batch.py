@@ -100,6 +100,14 @@ def test_who_comes_later_starts_level_and_not_ahead():
     assert fairness.given("old") == 1000, "coming back is no advantage"
 
 
+def test_who_decoded_alone_is_level_with_who_comes_then():
+    fairness = Fairness()
+    for _ in range(5):
+        assert shares(Asked("alone", 1), fairness=fairness) == [("alone", 1)]
+    early, late = Asked("alone", 90, 1.0), Asked("new", 90, 2.0)
+    assert shares(late, early, room=90, now=3.0, fairness=fairness) == [("alone", 90)]
+
+
 def test_bulk_waits_behind_interactive_work_but_not_for_ever():
     bulk, interactive = Asked("bulk", 300, 0.0, is_bulk=True), Asked("now", 300, 0.1)
     assert shares(bulk, interactive, room=50, now=0.2) == [("now", 50)]
