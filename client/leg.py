@@ -113,7 +113,9 @@ class Pending:
 class Listener(Protocol):
     """Who is told what a leg hears, in the order it came."""
 
-    def on_result(self, leg: "Leg", answered: Pending, result: Wired, pushed: bool) -> None: ...
+    def on_result(self, leg: "Leg", answered: Pending, result: Wired, pushed: bool) -> None:
+        """What comes of it, the next step above all, goes out before this returns."""
+        ...
 
     def on_refused(self, leg: "Leg", refused: Pending, fault: HopError) -> None: ...
 
@@ -414,11 +416,14 @@ class Leg:
         except RemoteFault as fault:
             self._listener.on_refused(self, pending, fault)
             return
-        self._learn(result, pending)
+        seconds = self._count(result, pending)
         if pending.valid_end > pending.start:
             self.length = max(self.length, pending.valid_end)
         self.busy_since = None
         self._listener.on_result(self, pending, wired, result.pushed)
+        self._listener.on_times(self, pending.tokens, result.queue_ms, result.compute_ms)
+        if seconds is not None:
+            self._response_times.add(pending.tokens, seconds)
 
     def _answered(self, number: int) -> Pending | None:
         """The step of that number, which has its ending now; None if it was given up.
@@ -430,15 +435,16 @@ class Leg:
             raise RemoteFault(self.hop, "left out the answer to a step")
         return self.pending.pop(number, None)
 
-    def _learn(self, result: Result, pending: Pending) -> None:
-        now = self._clock()
-        self._listener.on_times(self, pending.tokens, result.queue_ms, result.compute_ms)
-        if pending.since is not None:
-            seconds = now - max(pending.since, self._last_answer)
-            self._response_times.add(pending.tokens, seconds)
-            times = self.decode if pending.tokens <= DECODE_TOKENS else self.prefill
-            times.add(1000 * seconds, result)
+    def _count(self, result: Result, pending: Pending) -> float | None:
+        """How long the hop took for that, which is counted; None if nobody knows when it began."""
+        now, before = self._clock(), self._last_answer
         self._last_answer = now
+        if pending.since is None:
+            return None
+        seconds = now - max(pending.since, before)
+        times = self.decode if pending.tokens <= DECODE_TOKENS else self.prefill
+        times.add(1000 * seconds, result)
+        return seconds
 
     def _check(self, result: Result, body: memoryview, step: Step) -> None:
         """Whether it is what was asked for, and numbers: hops keep what comes of it.
