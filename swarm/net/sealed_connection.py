@@ -105,7 +105,7 @@ class SealedConnection(asyncio.Protocol):
         self._ours = ours
         self._theirs = theirs
         self._on_lost = on_lost
-        self._sealed = bytearray()
+        self._sealed = b""  # the beginning of a piece
         self._opened = Pieces()
         self._wanted = 0
         self._parser: Generator[int, bytes, Any] | None = None
@@ -209,9 +209,8 @@ class SealedConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_left:
             return
-        self._sealed += data
         try:
-            self._open_pieces()
+            self._open_pieces(self._sealed + data if self._sealed else data)
         except SealBroken:
             self.transport.abort()
             return
@@ -236,20 +235,19 @@ class SealedConnection(asyncio.Protocol):
         self._starve()
         self._on_lost(self)
 
-    def _open_pieces(self) -> None:
-        start = 0
-        with memoryview(self._sealed) as heard:
-            while len(heard) >= start + LENGTH.size:
-                (size,) = LENGTH.unpack_from(heard, start)
-                if not TAG_BYTES < size <= MAX_PIECE_BYTES + TAG_BYTES:
-                    raise SealBroken
-                end = start + LENGTH.size + size
-                if len(heard) < end:
-                    break
-                with heard[start + LENGTH.size : end] as sealed:
-                    self._opened.add(self._theirs.open(sealed))
-                start = end
-        del self._sealed[:start]
+    def _open_pieces(self, heard: bytes) -> None:
+        """Open those that have come whole, and keep the rest."""
+        start, view = 0, memoryview(heard)
+        while len(heard) >= start + LENGTH.size:
+            (size,) = LENGTH.unpack_from(heard, start)
+            if not TAG_BYTES < size <= MAX_PIECE_BYTES + TAG_BYTES:
+                raise SealBroken
+            end = start + LENGTH.size + size
+            if len(heard) < end:
+                break
+            self._opened.add(self._theirs.open(view[start + LENGTH.size : end]))
+            start = end
+        self._sealed = heard[start:]
 
     def _feed(self) -> None:
         """Give the parser what it asks for, as far as that has come and it is waited for."""
