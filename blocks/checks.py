@@ -1,6 +1,6 @@
 """Whether a step is what was agreed on: pure checks of everything that a peer can say about it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from swarm.blocks.errors import StepError
 from swarm.blocks.kv import SessionKV
@@ -11,8 +11,7 @@ MAX_STEP_TOKENS = 2048
 MAX_STEP_BYTES = 64 * 2**20
 
 
-@dataclass(frozen=True)
-class StepForm:
+class StepForm(NamedTuple):
     """A step as a peer describes it."""
 
     seq_pos: int
@@ -30,14 +29,14 @@ def max_step_tokens(loaded: LoadedSpan) -> int:
     return max(1, min(MAX_STEP_TOKENS, MAX_STEP_BYTES // token_bytes))
 
 
-def check_step(loaded: LoadedSpan, session: Session, step: StepForm) -> list[int] | None:
-    """The token ids of a step of the session, None if it brings hidden states.
+def check_step(loaded: LoadedSpan, session: Session, step: StepForm, most: int) -> list[int] | None:
+    """The token ids of a step of the session, `most` tokens at most, None if it brings hidden states.
 
     Raises:
         StepError: it is not of the form or at the place that was agreed on.
     """
     fault = _fault_of_form(loaded, session, step)
-    fault = fault or _fault_of_place(session.kv, step, max_step_tokens(loaded))
+    fault = fault or _fault_of_place(session.kv, step, most)
     if fault is not None:
         raise StepError("bad_request", fault)
     if step.dtype != "uint32":

@@ -186,7 +186,7 @@ class Engine:
         """
         session = self._sessions.find_idle(session_id)
         form = StepForm(seq_pos, data, shape, dtype, codec, response_type, rows)
-        ids = check_step(self._loaded, session, form)
+        ids = check_step(self._loaded, session, form, self.max_step_tokens)
         if self._sessions.keeps_prefixes:
             session.kv.expect(seq_pos, ids, page_keys)
         now, result = time.perf_counter(), Baton[StepResult]()

@@ -11,7 +11,7 @@ from swarm.blocks.kv import SessionKV
 from swarm.blocks.precision import WireForm
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Session:
     """One session: its KV, what it was promised, and whether something runs on it now.
 
@@ -31,7 +31,7 @@ class Session:
     decode_rows: int = 1
 
 
-@dataclass
+@dataclass(slots=True)
 class StepTimes:
     """Seconds that a step took: waiting, making tensors of bytes, computing, making bytes of tensors."""
 
@@ -41,7 +41,7 @@ class StepTimes:
     serialise: float = 0.0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class PendingStep:
     """A step that was admitted and has no result yet. Times in seconds of a monotonic clock.
 
@@ -83,7 +83,7 @@ class PendingStep:
         return self.session.is_bulk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """Hidden states after the span as wire bytes [rows, hidden], or token ids [rows], and the time they took.
 
