@@ -135,10 +135,11 @@ class Leg:
 
     The hop holds the session's first `length` tokens, and will hold `sent` once it has answered all. Once
     there is a `fault` it is of no use any more. `onward` is the leg whose hop it passes steps to, `linking`
-    the one with which that is being tried. Steps are not to be sent before `resume_at`, since the hop has had
-    no room for them since `busy_since`. A hop without a `chain` is told no keys of pages. What it gave to an
-    audited session is its `testimony`. What it holds may have come from the peers `given_by`. Where it is
-    copied to a standby, both know how far that is by `copied`.
+    the one with which that is being tried. Where the hop `is_leaving`, another is not looked for before
+    `move_at`. Steps are not to be sent before `resume_at`, since the hop has had no room for them since
+    `busy_since`. A hop without a `chain` is told no keys of pages. What it gave to an audited session is its
+    `testimony`. What it holds may have come from the peers `given_by`. Where it is copied to a standby, both
+    know how far that is by `copied`.
     """
 
     def __init__(self, hop: Hop, chain: PageChain | None, deadlines: Deadlines, clock: Callable[[], float]):
@@ -153,6 +154,7 @@ class Leg:
         self.pending: dict[int, Pending] = {}
         self.fault: HopError | None = None
         self.is_leaving = False
+        self.move_at = 0.0
         self.is_unfed = False
         self.onward: Leg | None = None
         self.linking: Leg | None = None

@@ -39,8 +39,8 @@ MAX_REFUSALS = 3
 LEAVING_AVOIDED = 60.0
 """Seconds for which routes avoid a peer that says it leaves."""
 
-MOVE_PATIENCE = 3.0
-"""Seconds in which a place must be found for what a leaving hop holds."""
+MOVE_PERIOD = 5.0
+"""Seconds after which a place is looked for again for what a leaving hop holds, while it serves on."""
 
 SOON_COMPUTED = 64
 """Tokens that are computed again sooner than all are handed over."""
@@ -159,16 +159,20 @@ class Recovery:
         """The hops have done what they were needed for."""
         self._failing_since = None
 
-    async def move(self, asked: Callable[[], Asked]) -> None:
+    async def move(self, asked: Callable[[], Asked], patience: float = 0.0) -> None:
         """Have other hops for those that leave, which hand over what they hold, if there are any.
 
-        They are `asked` then what it gives.
+        They are `asked` then what it gives. Others are waited for up to `patience` seconds. Who leaves serves
+        on until it is gone, so where there are none it is tried again at a later call.
         """
+        clock = self._environment.transport.clock
         for leg in [leg for leg in self._relay.legs if leg.is_leaving and leg.fault is None]:
+            if clock() < leg.move_at:
+                continue
             self._router.judge(NoCapacity(leg.hop, LEAVES, LEAVING_AVOIDED))
-            leg.is_leaving = False  # one attempt: it serves on until it is gone
+            leg.move_at = clock() + MOVE_PERIOD
             try:
-                await self._move(leg, asked())
+                await self._move(leg, asked(), patience)
             except SwarmError as error:
                 logger.info("a leaving hop's session cannot be moved yet: %s", error)
         self.link()
@@ -281,7 +285,7 @@ class Recovery:
         again = (before.get(leg, known) - leg.length for leg in self._relay.legs)
         self.replayed_tokens += sum(max(tokens, 0) for tokens in again)
 
-    async def _move(self, leg: Leg, asked: Asked) -> None:
+    async def _move(self, leg: Leg, asked: Asked, patience: float) -> None:
         hop = leg.hop
         if (standby := self._standing_in(leg, lacking=SOON_COMPUTED)) is not None:
             self._put_in(leg, standby)
@@ -291,7 +295,7 @@ class Recovery:
             hop.span,
             asked.max_tokens,
             like=hop.announcement,
-            timeout=MOVE_PATIENCE,
+            timeout=patience,
             beside=self._beside([leg]),
         )
         at = self._relay.legs.index(leg)

@@ -32,6 +32,9 @@ from swarm.net.transport import PeerId
 
 logger = logging.getLogger(__name__)
 
+MOVE_PATIENCE = 3.0
+"""Seconds in which others must be found for hops that leave while nothing else is to be done."""
+
 
 class Session:
     """One sequence along a route, of which all hops hold `tokens`.
@@ -284,7 +287,7 @@ class Session:
     async def _move(self) -> None:
         try:
             async with self._busy:
-                await self._recovery.move(self._asked_now)
+                await self._recovery.move(self._asked_now, MOVE_PATIENCE)
         except SwarmError as error:
             logger.info("a session cannot be moved: %s", error)
         finally:

@@ -45,7 +45,7 @@ ANNOUNCE_TIMEOUT = 2.0
 DRAIN_TIMEOUT = 30.0
 DRAIN_PATIENCE = 4.0
 """Seconds that leaving may take to announce it, and meanwhile for all sessions to move elsewhere, and for the
-next of them to; see `stopping`."""
+next of them to, or to go on here; see `stopping`."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ class Sessions:
     async def drain(self, grace: float, patience: float) -> None:
         """Let the clients take their sessions elsewhere, then end every stream.
 
-        That may take `grace` seconds, as long as every `patience` seconds something comes of it.
+        That may take `grace` seconds, as long as every `patience` seconds something comes of it: one of them
+        has moved, or goes on here meanwhile.
         """
         await self._let_go(None, grace, patience)
         await self._flush()
@@ -173,14 +174,14 @@ class Sessions:
             if seat.hosted is not None and (engine is None or seat.hosted.engine is engine):
                 seat.outbox.put(Leaving(session_id=seat.session_id))
         deadline, moved_at = clock() + grace, clock()
-        while (before := len(self._on(engine))) and clock() < min(deadline, moved_at + patience):
+        while (before := self._taken(engine)) and clock() < min(deadline, moved_at + patience):
             self._changed.clear()
             try:
                 async with asyncio.timeout_at(min(deadline, moved_at + patience)):
                     await self._changed.wait()
             except TimeoutError:
                 pass
-            if len(self._on(engine)) < before or any(one.is_handing_over for one in self._on(engine)):
+            if self._taken(engine) != before or any(one.is_handing_over for one in self._on(engine)):
                 moved_at = clock()
         if left := len(self._on(engine)):
             logger.warning("%d sessions were not taken elsewhere in time", left)
@@ -205,6 +206,10 @@ class Sessions:
             and not hosted.terms.is_standby
             and (engine is None or hosted.engine is engine)
         ]
+
+    def _taken(self, engine: SpanEngine | None) -> list[int]:
+        """Of each such session, the newest step that was taken up."""
+        return [hosted.taken for hosted in self._on(engine)]
 
     async def _converse(self, seat: Seat) -> None:
         while True:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from swarm.client.options import SessionOptions
+from swarm.client.options import GenerationOptions, SessionOptions
 from swarm.errors import SwarmError
 from swarm.net import messages
 from swarm.net.messages import AnyMessage, Error, Opened, Result
@@ -315,6 +315,31 @@ def test_who_leaves_hands_over_what_it_holds(can_hand_over: bool) -> None:
         assert asyncio.get_running_loop().time() < 5.0, "nobody waits long for who leaves"
 
     run_stepping(run(Faults(0), ask=ask))
+
+
+def test_an_answer_goes_on_at_who_leaves_until_somebody_can_take_it() -> None:
+    """Neither waits for the other: the answer for a taker, nor the server for its patience to end."""
+
+    async def ask() -> None:
+        spans = THREE | {"late": Span(2, 4)}
+        options = GenerationOptions(80, ignore_eos=True, speculate=False)
+        async with trial(spans, Faults(0), announced=list(THREE)) as toy:
+            toy["b"].seconds = 0.3
+            leaving(toy)
+            clock, gaps = asyncio.get_running_loop().time, []
+            stream, before = toy.swarm.stream_tokens(PROMPT, options), None
+            async for _ in stream:
+                gaps.append(0.0 if before is None else clock() - before)
+                before = clock()
+                if len(gaps) == 20:
+                    await toy.announce("late")
+            assert stream.generation is not None
+            assert list(stream.generation.token_ids) == toy.ends.expected(PROMPT, 80)
+            assert servers_of(stream.generation) == ["a", "late", "c"]
+            assert toy["late"].adopted
+            assert max(gaps) < 1.0
+
+    run_stepping(ask())
 
 
 def test_who_leaves_without_a_taker_serves_until_it_is_gone() -> None:

@@ -102,6 +102,22 @@ async def test_leaving_serves_the_sessions_it_has_until_they_have_gone() -> None
 
 
 @in_virtual_time
+async def test_leaving_waits_for_answers_that_go_on_as_nobody_else_takes_them() -> None:
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        client = await opened(world, life)
+        life.stop.set()
+        assert isinstance(await heard(client), messages.Leaving)
+        for position in range(4):
+            await asyncio.sleep(DRAIN_PATIENCE - 0.5)
+            await client.call(step(position + 1, position), bytes(12), timeout=5, max_body=100)
+        assert not life.task.done()
+        await asyncio.sleep(2 * DRAIN_PATIENCE + 1.0)
+        assert life.task.done(), "but not for one that says nothing more"
+
+
+@in_virtual_time
 async def test_leaving_waits_for_a_session_that_is_being_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swarm.server.hand_over.PIECE_BYTES", 1)
     world = World()
