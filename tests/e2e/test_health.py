@@ -27,7 +27,6 @@ from swarm.listening import bind, serving
 from swarm.net.identity import Identity
 from swarm.processes import ServerProcess
 from tests.browser import NARROW, WIDE, reading
-from tests.forks import FORKS
 from tests.health_swarm import AnnouncedSwarm
 from tests.tiny import tiny_checkpoint
 
@@ -54,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def server(tmp_path: Path, checkpoint: Path, name: str, blocks: str, *more: str) -> ServerProcess:
     asked = ["--model", str(checkpoint), "--blocks", blocks, "--public-name", name, *LOCAL, *more]
-    return ServerProcess(asked, name=name, log=tmp_path / f"{name}.log", launcher=FORKS)
+    return ServerProcess(asked, name=name, log=tmp_path / f"{name}.log")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
