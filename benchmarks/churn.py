@@ -37,13 +37,13 @@ import uvloop
 
 import swarm
 from benchmarks.seats import Seat, Seats, seated
+from benchmarks.servers import fork_server
 from benchmarks.swarm import LONGEST, prompts_from
 from benchmarks.talkers import Loss, Talker, Tally
 from benchmarks.yardstick import span_prefill
 from swarm.blocks.models import Model, resolve
 from swarm.client.options import GenerationOptions, SamplingOptions
 from swarm.errors import SwarmError
-from swarm.forking import ForkServer
 from swarm.processes import Launcher
 from swarm.spans import Span
 
@@ -259,7 +259,7 @@ def main() -> int:
         standby=args.standby,
     )
     args.logs.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if args.anew else ForkServer("swarm.server", "swarm.server.preload") as launcher:
+    with nullcontext() if args.anew else fork_server() as launcher:
         found = uvloop.run(run(churn, args.logs, launcher))
     text = json.dumps(found, indent=1)
     print(text)

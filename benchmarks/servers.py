@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from swarm.forking import ForkServer
 from swarm.processes import Launcher, ServerProcess, stop_all
 from swarm.spans import Span
 
@@ -69,6 +70,11 @@ def server_process(
         log=log,
         launcher=launcher,
     )
+
+
+def fork_server() -> ForkServer:
+    """A launcher of servers that start in a moment. Linux only."""
+    return ForkServer("swarm.server", "swarm.server.preload")
 
 
 def kill(server: ServerProcess) -> None:

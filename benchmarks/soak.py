@@ -10,8 +10,6 @@ servers must not grow. Ends with a summary in JSON, and exit code 1 if a rule wa
 
 import os
 
-from swarm.processes import Launcher
-
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
@@ -36,6 +34,7 @@ from benchmarks.reference import Reference
 from benchmarks.servers import Servers, even_spans, serving
 from benchmarks.watch import FREE_TOKENS, Memory, growth, losses, memory_of, metrics_of
 from swarm.blocks.models import Model, resolve
+from swarm.processes import Launcher
 
 SERVERS = 3
 PATIENCE = 60.0

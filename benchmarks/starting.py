@@ -20,8 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.servers import STARTING, server_process
-from swarm.forking import ForkServer
+from benchmarks.servers import STARTING, fork_server, server_process
 from swarm.processes import Launcher
 from swarm.spans import Span
 
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--forked", action="store_true", help="fork them, in place of starting them anew")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    with ForkServer("swarm.server", "swarm.server.preload") if args.forked else nullcontext() as launcher:
+    with fork_server() if args.forked else nullcontext() as launcher:
         starts = asyncio.run(measure(args.rounds, args.together, launcher))
     found = {name: median(asdict(one)[name] for one in starts) for name in asdict(starts[0])}
     table = Table("until it", "seconds", "processor seconds")

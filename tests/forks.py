@@ -1,5 +1,5 @@
 """Servers that start in a moment, for end-to-end tests: forks of a process that their conftest.py runs."""
 
-from swarm.forking import ForkServer
+from benchmarks.servers import fork_server
 
-FORKS = ForkServer("swarm.server", "swarm.server.preload")
+FORKS = fork_server()
