@@ -22,7 +22,10 @@ class TextEnds(Ends, Protocol):
 
 
 class Answer:
-    """The answer to `prompt` so far. `tokens` begin with the prompt's, and are `context` at most."""
+    """The answer to `prompt` so far. `tokens` begin with the prompt's, and are `context` at most.
+
+    It ends with a token of `ends_at`, if not before.
+    """
 
     def __init__(self, ends: TextEnds, prompt: Sequence[int], options: GenerationOptions, context: int):
         self.prompt = tuple(prompt)
@@ -31,7 +34,7 @@ class Answer:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._most = min(len(prompt) + options.max_new_tokens, context)
-        self._eos = frozenset() if options.ignore_eos else end_tokens(ends)
+        self.ends_at = frozenset() if options.ignore_eos else end_tokens(ends)
         self._detokenizer = Detokenizer(ends.tokenizer)
         self._scanner = StopScanner(options.stop)
         self._written = 0
@@ -68,7 +71,7 @@ class Answer:
         """Take the next token; what of the text may be shown now."""
         self.tokens.append(token)
         self._offsets.append(self._written)
-        if token in self._eos:
+        if token in self.ends_at:
             self.finish("stop")
             return ""
         added = self._detokenizer.push(token)

@@ -149,10 +149,19 @@ class Conversation:
             start = end
         return torch.cat(parts)
 
-    async def append(self, turn: int, tokens: Sequence[int], seq_pos: int) -> Outcome:
+    async def append(
+        self,
+        turn: int,
+        tokens: Sequence[int],
+        seq_pos: int,
+        *,
+        rounds: int = 0,
+        ends: Sequence[int] = (),
+    ) -> Outcome:
         """One decode step of `tokens` from position `seq_pos` on, forgetting what was there and after.
 
-        Gives an outcome for each token.
+        Gives an outcome for each token. Where hops choose tokens, they may go `rounds` further by themselves,
+        but not beyond a token of `ends`.
 
         Raises:
             Superseded: another answer has begun since.
@@ -160,7 +169,9 @@ class Conversation:
         async with self._lock:
             if turn != self._turn or self.session is None:
                 raise Superseded("This answer was given up for another one.")
-            return await self._step(self.session, list(tokens), seq_pos, rows=len(tokens))
+            return await self._step(
+                self.session, list(tokens), seq_pos, rows=len(tokens), rounds=rounds, ends=ends
+            )
 
     async def close(self) -> None:
         self._turn += 1
@@ -171,11 +182,21 @@ class Conversation:
         if session is not None:
             await session.close()
 
-    async def _step(self, session: Session, tokens: list[int], seq_pos: int, rows: int) -> Outcome:
+    async def _step(
+        self,
+        session: Session,
+        tokens: list[int],
+        seq_pos: int,
+        rows: int,
+        rounds: int = 0,
+        ends: Sequence[int] = (),
+    ) -> Outcome:
         embedded = None if session.takes_token_ids else await self._embed(tokens)
-        tells = self._likeliest and session.gives_token_ids
-        step = session.next_tokens if tells else session.step
-        outcome: Outcome = await step(tokens, seq_pos, embedded, rows)
+        outcome: Outcome
+        if self._likeliest and session.gives_token_ids:
+            outcome = await session.next_tokens(tokens, seq_pos, embedded, rows, rounds=rounds, ends=ends)
+        else:
+            outcome = await session.step(tokens, seq_pos, embedded, rows)
         self.stepped += len(tokens)
         return outcome
 

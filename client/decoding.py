@@ -6,7 +6,7 @@ token for token. A refused draft is forgotten by the next step, which begins whe
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -25,6 +25,9 @@ from swarm.client.speculation import MAX_DRAFT, SpeculationReport, draft_count
 NewDrafter = Callable[[Sequence[int], Sampler], Drafter]
 """Makes a drafter for the sequence that begins with these tokens, whose next ones are so chosen. Blocks."""
 
+
+MAX_ROUNDS, ROUNDS_SECONDS = 31, 1.0
+"""Tokens that hops go on by themselves to tell at most, and seconds: longer than that none goes on in vain."""
 
 SCORED_ROWS = 64
 """So many of a prompt's tokens are scored at a time: their logits are large."""
@@ -57,8 +60,9 @@ class Decoding:
     """The steps of one answer, `session` their session, of which it began with `cached_tokens` of the prompt.
 
     `drafter` is None where nothing is to be drafted, `scoring` where no token's score is wanted; `clock` is
-    in seconds. `scores` are those of the tokens it gave, in turn; `prompt_scores` those of the prompt's from
-    the second on. `on_route` is called once there is a session, and again whenever its hops change.
+    in seconds. After the tokens `ends_at` nothing follows. `scores` are those of the tokens it gave, in
+    turn; `prompt_scores` those of the prompt's from the second on. `on_route` is called once there is a
+    session, and again whenever its hops change.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Decoding:
         drafter: NewDrafter | None,
         clock: Callable[[], float],
         scoring: Scoring | None = None,
+        ends_at: Collection[int] = (),
     ):
         self.scores: list[TokenScore] = []
         self.prompt_scores: list[TokenScore] = []
@@ -85,6 +90,7 @@ class Decoding:
         self._drafter: Drafter | None = None
         self._now = clock
         self._scoring = scoring
+        self._ends_at = tuple(ends_at)
         self._turn = 0
         self._before: Losses | None = None
 
@@ -102,11 +108,10 @@ class Decoding:
     async def begin(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """Have the hops hold `prompt`; the token after it."""
         await self._prepare_drafts(prompt)
-        likeliest = self._sampler.takes_likeliest and self._scoring is None
         whole = self._scoring is not None and self._scoring.of_prompt
         rows = len(prompt) if whole else 1
         begun = await self._conversation.begin(
-            prompt, max_new_tokens, likeliest=likeliest, rows=rows, on_route=self._follow
+            prompt, max_new_tokens, likeliest=self._takes_likeliest, rows=rows, on_route=self._follow
         )
         self._turn, self.cached_tokens = begun.turn, begun.cached_tokens
         self.session.reset_times()
@@ -120,11 +125,36 @@ class Decoding:
         """The tokens after `tokens`, prompt included: one at least, and `room` at most."""
         drafted = await self._draft(min(room - 1, MAX_DRAFT))
         started = self._now()
-        outcome = await self._conversation.append(self._turn, [tokens[-1], *drafted], len(tokens) - 1)
+        outcome = await self._conversation.append(
+            self._turn,
+            [tokens[-1], *drafted],
+            len(tokens) - 1,
+            rounds=0 if drafted else min(room - 1, self._most_rounds),
+            ends=self._ends_at,
+        )
         chosen = await self._verified(tokens, drafted, outcome)
-        self._conversation.pace.learn(1 + len(drafted), self._now() - started)
+        self._learn_pace(1 + len(drafted), self._now() - started)
         self.report = self.report.and_step(len(drafted), len(chosen) - 1)
         return self._told(chosen)
+
+    @property
+    def _takes_likeliest(self) -> bool:
+        """Whether nothing but the likeliest tokens is wanted: hops that tell those can go on by themselves."""
+        return self._sampler.takes_likeliest and self._scoring is None
+
+    @property
+    def _most_rounds(self) -> int:
+        """How far hops may go by themselves: as far as they come in `ROUNDS_SECONDS`."""
+        seconds = self._conversation.pace.plain
+        return min(MAX_ROUNDS, int(ROUNDS_SECONDS / seconds)) if seconds else MAX_ROUNDS
+
+    def _learn_pace(self, rows: int, seconds: float) -> None:
+        """A step of so many rows took `seconds`, whoever had it made."""
+        pace = self._conversation.pace
+        if self.session.went_round:
+            pace.learn_round(seconds)
+        else:
+            pace.learn(rows, seconds)
 
     def _follow(self, session: Session) -> None:
         """The answer has a session now, or other hops."""
@@ -164,10 +194,13 @@ class Decoding:
         return chosen
 
     async def _draft(self, most: int) -> list[int]:
+        pace = self._conversation.pace
         if self._drafter is None:
             return []
+        if self._takes_likeliest and self.session.goes_round and pace.round is None:
+            return []  # the hops are to show first how fast they are by themselves
         odds = self._drafter.odds()[: max(most, 0)]
-        count = draft_count(odds, self._conversation.pace, self._drafter.seconds_each)
+        count = draft_count(odds, pace, self._drafter.seconds_each)
         return await self._drafter.draft(count) if count else []
 
     async def _verified(self, tokens: Sequence[int], drafted: Sequence[int], outcome: Outcome) -> list[int]:

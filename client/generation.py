@@ -115,7 +115,9 @@ class TextStream:
         sampler = Sampler(options.sampling, first=len(prompt), constraint=constraint)
         speculates = drafter if options.speculate else None
         scoring = Scoring(options.logprobs, options.score_prompt) if options.logprobs is not None else None
-        self._decoding = Decoding(conversation, ends, compute, sampler, speculates, clock, scoring)
+        self._decoding = Decoding(
+            conversation, ends, compute, sampler, speculates, clock, scoring, self._answer.ends_at
+        )
         self._is_last = is_last
         self._on_end = on_end
         self._now = clock

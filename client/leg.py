@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from swarm.client.copied import Copied
 from swarm.client.faults import HopError, RemoteFault, RequestRefused, refusal
@@ -49,7 +49,10 @@ MAX_CHUNK = 4096
 
 @dataclass
 class HopTimes:
-    """Milliseconds a hop took, summed over steps: on the network, in its queue, computing."""
+    """Milliseconds a hop took, summed over steps: on the network, in its queue, computing.
+
+    Of a single step the first may be negative: who is pushed it may answer before the client has heard that.
+    """
 
     steps: int = 0
     rtt_ms: float = 0.0
@@ -58,13 +61,14 @@ class HopTimes:
 
     def add(self, elapsed_ms: float, result: Result) -> None:
         self.steps += 1
-        self.rtt_ms += max(0.0, elapsed_ms - result.queue_ms - result.compute_ms)
+        self.rtt_ms += elapsed_ms - result.queue_ms - result.compute_ms
         self.queue_ms += result.queue_ms
         self.compute_ms += result.compute_ms
 
     def mean(self) -> "HopTimes":
         steps = max(self.steps, 1)
-        return HopTimes(self.steps, self.rtt_ms / steps, self.queue_ms / steps, self.compute_ms / steps)
+        rtt_ms = max(0.0, self.rtt_ms / steps)
+        return HopTimes(self.steps, rtt_ms, self.queue_ms / steps, self.compute_ms / steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,11 @@ class Pending:
     valid_end: int
     is_pushed: bool
     since: float | None
+
+    @classmethod
+    def of(cls, step: Step, *, is_pushed: bool) -> Self:
+        start, end = step.seq_pos, step.seq_pos + step.shape[0]
+        return cls(step, start, end, end, is_pushed, None)
 
     @property
     def number(self) -> int:
@@ -294,8 +303,8 @@ class Leg:
             peer=onward.hop.peer,
             addresses=onward.hop.announcement.addresses,
             to_session=onward.session_id,
-            dtype=onward.opened.dtype,
-            codec=onward.opened.codec,
+            dtype="uint32" if onward.takes_token_ids else onward.opened.dtype,
+            codec="raw" if onward.takes_token_ids else onward.opened.codec,
         )
         await self._stream.ask(asked, Linked, self.deadlines.link)
         self.onward, onward.is_unfed = onward, False

@@ -112,6 +112,7 @@ class Recovery:
         self._replaced_from: int | None = None
         self._refusals = 0
         self._failing_since: float | None = None
+        self._goes_round = False
         self._linking: set[asyncio.Task[None]] = set()
         self._standbys = Standbys(relay, self._router, environment.transport, environment.deadlines)
 
@@ -188,13 +189,28 @@ class Recovery:
 
     def link(self) -> None:
         """Let hops pass steps on by themselves wherever they can, from some moment on."""
-        for source, target in pairwise(self._relay.legs):
-            may = self._environment.pushes and self._router.may_push(source.hop.peer, target.hop.peer)
+        if not self._environment.pushes:
+            return
+        legs = self._relay.legs
+        edges = list(pairwise(legs))
+        if self._goes_round and self._relay.can_go_round:
+            edges.append((legs[-1], legs[0]))
+        for source, target in edges:
+            if source is target:
+                source.onward = target
+                continue
+            may = self._router.may_push(source.hop.peer, target.hop.peer)
             if may and source.onward is not target and source.linking is not target:
                 source.linking = target
                 task = asyncio.create_task(self._link(source, target), name=f"link to {target.hop.peer}")
                 self._linking.add(task)
                 task.add_done_callback(self._linking.discard)
+
+    def go_round(self) -> None:
+        """Let the last hop begin further rounds at the first, from some moment on."""
+        if not self._goes_round:
+            self._goes_round = True
+            self.link()
 
     def close(self) -> None:
         self._standbys.close()

@@ -1,8 +1,9 @@
 """Bringing a sequence through the legs of a session, chunk by chunk, until the last hop has answered.
 
 Each chunk goes to the first hop that lacks it, and from there straight on as far as hops are linked; where
-they are not, the next hop is brought what the one before gave. Owns how far each chunk is; that a hop is lost
-is told to the owner, who replaces its leg.
+they are not, the next hop is brought what the one before gave. Where the last is linked to the first, they
+may go on from there by themselves. Owns how far each chunk is; that a hop is lost is told to the owner, who
+replaces its leg.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from swarm.baton import Bell
 from swarm.client.faults import HopError, NoCapacity
 from swarm.client.inputs import Inputs, Wired
 from swarm.client.leg import Leg, Pending
+from swarm.client.rounds import Rounds, further_rounds, token_of, whole_rounds
 from swarm.client.route import Hop
 from swarm.client.watch import Watch
 from swarm.errors import SwarmError
@@ -57,11 +59,16 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of the last hop: for the last `rows` tokens before `end`."""
+    """What is asked of the last hop: for the last `rows` tokens before `end`.
+
+    Where it tells one token, the hops may go `rounds` more by themselves, but none after a token of `ends`.
+    """
 
     end: int
     rows: int
     response_type: ResponseType
+    rounds: int = 0
+    ends: tuple[int, ...] = ()
 
 
 class Relay:
@@ -90,11 +97,45 @@ class Relay:
         self._number = 0
         self._wanted = Wanted(0, 0, "hidden_states")
         self._outcome: Wired | None = None
+        self._rounds: Rounds | None = None
         self._bug: Exception | None = None
         self._doubts: dict[Leg, tuple[Pending, HopError]] = {}
 
+    @property
+    def can_go_round(self) -> bool:
+        """Whether the last hop could begin another round with its token."""
+        return (
+            self.legs[0].takes_token_ids
+            and self.legs[-1].opened.gives_token_ids
+            and all(leg.opened.goes_round for leg in self.legs)
+        )
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the last hop is linked to the first, and all can go on by themselves."""
+        return self.legs[-1].onward is self.legs[0] and self.can_go_round
+
+    def is_on_its_way(self, token: int, position: int) -> bool:
+        """Whether the hops go on by themselves with that token at that position."""
+        return self._rounds is not None and self._rounds.is_on_its_way(token, position)
+
+    def stop_rounds(self) -> None:
+        """Let hops go on by themselves no further than to what they have told."""
+        rounds = self._rounds
+        if rounds is None:
+            return
+        number, position = rounds.begins_untold
+        if number in rounds:
+            for leg in self.legs:
+                leg.give_up_from(number)
+                leg.rewind(position)
+            self._inputs.truncate(position)
+            rounds.stop()
+
     def rewind(self, length: int) -> None:
         """Forget all positions from `length` on."""
+        self.stop_rounds()
+        self._rounds = None
         for leg in self.legs:
             leg.rewind(length)
         self._inputs.truncate(length)
@@ -109,7 +150,10 @@ class Relay:
             HistoryLost: the first hop lacks what is not known here.
         """
         self._wanted, self._outcome = wanted, None
-        edges, attempts = self._begin(), 1
+        if self._rounds is not None and self._rounds.covers(wanted.end):
+            edges, attempts = [wanted.end - 1, wanted.end], 1
+        else:
+            edges, attempts = self._begin(), 1
         while (outcome := self._heard()) is None:
             self._check()
             self._changed.clear()
@@ -123,14 +167,16 @@ class Relay:
 
     def replace(self, first: int, end: int, legs: Sequence[Leg]) -> None:
         """Put `legs` in the place of those from `first` up to `end`; the work goes on from what all hold."""
+        self.stop_rounds()
         gone = self.legs[first:end]
         for block in {leg.block for leg in gone[1:]} - {leg.block for leg in legs}:
             self._inputs.forget(block)
         for leg in gone:
             leg.abort()
             self._doubts.pop(leg, None)
-        if first:
-            self.legs[first - 1].onward = None
+        for leg in self.legs:
+            if leg.onward in gone:
+                leg.onward = None
         for after in self.legs[end:]:
             after.give_up_from(0)
         self.legs[first:end] = legs
@@ -138,6 +184,8 @@ class Relay:
 
     def distrust(self, leg: Leg, fault: HopError) -> None:
         """What the hop gave is wrong: it is lost, and so is what the hops after it made of that."""
+        self.stop_rounds()
+        self._rounds = None
         for after in self.legs[self.legs.index(leg) + 1 :]:
             self._doubts.pop(after, None)
             after.give_up_from(0)
@@ -154,10 +202,13 @@ class Relay:
     def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool) -> None:
         index = self.legs.index(leg)
         self._inputs.used(leg.block, answered.start, answered.end)
-        if index + 1 < len(self.legs):
+        is_last = index + 1 == len(self.legs)
+        if not is_last:
             self._pass_on(index, answered, result, pushed)
         elif (answered.end, answered.step.rows, answered.step.response_type) == self._asked_of_last:
             self._outcome = result
+        if is_last and self._rounds is not None and answered.number in self._rounds:
+            self._end_round(self._rounds, answered, result, pushed)
         self._settle_doubts(answered.number)
         self._changed.set()
 
@@ -173,7 +224,7 @@ class Relay:
         self._observer.succeeded(leg.hop, tokens, queue_ms, compute_ms)
 
     def on_news(self, leg: Leg) -> None:
-        if leg.is_unfed and leg in self.legs[1:]:
+        if leg.is_unfed and leg in self.legs:
             self._break_edge(self.legs[self.legs.index(leg) - 1])
         self._changed.set()
         self._on_news()
@@ -183,6 +234,8 @@ class Relay:
         self._changed.set()
 
     def _heard(self) -> Wired | None:
+        if self._outcome is None and self._rounds is not None:
+            return self._rounds.told(self._wanted.end)
         return self._outcome
 
     def _check(self) -> None:
@@ -192,6 +245,7 @@ class Relay:
         """
         broken = self._bug or next((leg.fault for leg in self.legs if leg.fault is not None), None)
         if broken is not None:
+            self.stop_rounds()
             raise broken
 
     @property
@@ -208,19 +262,31 @@ class Relay:
         elif (pending := following.pending.get(answered.number)) is not None:
             pending.since = self._clock()
 
+    def _end_round(self, rounds: Rounds, answered: Pending, token: Wired, pushed: bool) -> None:
+        """The last hop has told a token, with which the first may begin another round."""
+        rounds.tell(answered.end, token)
+        if pushed:
+            if (pending := self.legs[0].pending.get(answered.number + 1)) is not None:
+                pending.since = self._clock()
+        elif token_of(token) in answered.step.ends:
+            self.stop_rounds()
+        elif rounds.goes_on_after(answered.end):
+            self._break_edge(self.legs[-1])
+
     def _break_edge(self, leg: Leg) -> None:
         """The hop passes nothing on any more: the next one is brought from here what it still lacks."""
         following = leg.onward
         if following is None:
             return
         leg.onward = None
+        self.stop_rounds()
         self._observer.push_failed(leg.hop.peer, following.hop.peer)
         for pending in following.pending.values():
             if pending.is_pushed:
                 pending.is_pushed, pending.since = False, None
 
     def _on_not_taken(self, leg: Leg) -> None:
-        if leg in self.legs[1:]:
+        if leg in self.legs:
             self._break_edge(self.legs[self.legs.index(leg) - 1])
             self._changed.set()
 
@@ -236,6 +302,7 @@ class Relay:
 
     def _believe(self, leg: Leg, refused: Pending, fault: HopError) -> None:
         """The hop did not run the step; those after it have nothing, or nothing of worth, of it."""
+        self.stop_rounds()
         for after in self.legs[self.legs.index(leg) :]:
             self._doubts.pop(after, None)
             after.give_up_from(refused.number)
@@ -315,13 +382,30 @@ class Relay:
         last = index
         while self._goes_on(last, start, end):
             last += 1
+        rounds = self._rounds_after(start, end) if last - index + 1 == len(self.legs) else 0
+        self._rounds = Rounds(self._number, end, rounds) if rounds else None
         then: tuple[Onward, ...] = ()
         for at in range(last, index - 1, -1):
             leg = self.legs[at]
-            step = self._step(at, start, end, then)
-            leg.expect(Pending(step, start, end, end, is_pushed=at > index, since=None))
+            step = self._step(at, start, end, then, rounds)
+            leg.expect(Pending.of(step, is_pushed=at > index))
+            for further in further_rounds(step):
+                leg.expect(Pending.of(further, is_pushed=True))
             then = (Onward(leg.session_id, step.response_type, step.rows, step.page_keys), *then)
-        await self.legs[index].send(self.legs[index].pending[self._number], body)
+        pending = self.legs[index].pending[self._number]
+        self._number += rounds
+        await self.legs[index].send(pending, body)
+
+    def _rounds_after(self, start: int, end: int) -> int:
+        """How many rounds the hops may go by themselves once they have done the step of these positions."""
+        wanted = self._wanted
+        is_told = wanted.rows == 1 and wanted.response_type == "token_ids"
+        if not (wanted.rounds and is_told and end == wanted.end and end - start == 1 and self.is_ring):
+            return 0
+        if any(leg.is_leaving for leg in self.legs):
+            return 0
+        are_named = any(leg.chain is not None for leg in self.legs[1:])
+        return whole_rounds(wanted.rounds, end) if are_named else wanted.rounds
 
     def _goes_on(self, index: int, start: int, end: int) -> bool:
         """Whether the hop can pass these positions on, and the next one lacks them and no others before."""
@@ -331,7 +415,7 @@ class Relay:
         in_order = all(pending.is_pushed for pending in leg.pending.values())
         return in_order and leg.fault is None and start <= leg.sent < end and self._clock() >= leg.resume_at
 
-    def _step(self, index: int, start: int, end: int, then: tuple[Onward, ...]) -> Step:
+    def _step(self, index: int, start: int, end: int, then: tuple[Onward, ...], rounds: int) -> Step:
         leg, count = self.legs[index], end - start
         rows, response_type = self._answer_of(index, end)
         keys = leg.chain.named(self._tokens, start, end) if leg.chain else b""
@@ -348,6 +432,8 @@ class Relay:
             page_keys=b"" if takes_ids else keys,
             rows=rows,
             then=then,
+            rounds=rounds,
+            ends=self._wanted.ends if rounds else (),
         )
 
     def _answer_of(self, index: int, end: int) -> tuple[int, ResponseType]:

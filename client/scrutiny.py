@@ -6,7 +6,6 @@ Owns how often. Must not know how an audit goes.
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from swarm.client.auditor import Auditor, Case
 from swarm.client.inputs import Inputs, Wired
@@ -41,9 +40,9 @@ class Scrutiny:
         self.submit([replace(case, testimony=case.testimony.copy()) for case in cases])
 
     async def cases(self, legs: Sequence[Leg], tokens: Sequence[int]) -> list[Case]:
-        """What there is to audit of each hop, if anything has come since the last time."""
-        before = {after: leg for leg, after in pairwise(legs)}
-        cases = [await self._case(leg, before.get(leg), legs, tokens) for leg in legs]
+        """What there is to audit of each hop, if anything of `tokens` has come since the last time."""
+        before: Sequence[Leg | None] = [legs[-1], *legs[:-1]] if len(legs) > 1 else [None]
+        cases = [await self._case(*pair, legs, tokens) for pair in zip(legs, before, strict=True)]
         return [case for case in cases if case is not None]
 
     def submit(self, cases: Sequence[Case]) -> None:
@@ -56,8 +55,12 @@ class Scrutiny:
         testimony = leg.testimony
         if testimony is None or not (testimony.whole and testimony.given):
             return None
-        if testimony.was_fed and not testimony.opened.vouches:
+        is_fed = testimony.was_fed and before is not None
+        if is_fed and not testimony.opened.vouches:
             return None  # nobody knows what it was fed
+        if testimony.until > len(tokens):  # it goes on by itself meanwhile
+            testimony = testimony.copy()
+            testimony.cut(len(tokens))
         end = testimony.until
         if end <= self._audited.get(testimony.session_id, 0):
             return None
@@ -73,4 +76,4 @@ class Scrutiny:
             self._asked.model_id, self._asked.hidden_size, self._asked.wire, tuple(tokens[:end]), rows
         )
         beside = tuple(other.hop for other in legs if other is not leg)
-        return Case(testimony, replay, beside, before.hop if before and testimony.was_fed else None)
+        return Case(testimony, replay, beside, before.hop if before and is_fed else None)

@@ -27,7 +27,7 @@ from swarm.client.route import Hop, Route
 from swarm.client.scrutiny import Scrutiny
 from swarm.errors import SwarmError
 from swarm.kernels.codecs import from_wire, to_wire
-from swarm.net.messages import ResponseType
+from swarm.net.messages import MAX_ENDS, ResponseType
 from swarm.net.transport import PeerId
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,13 @@ class Session:
     """One sequence along a route, of which all hops hold `tokens`.
 
     A step that is cancelled, or for which no hops can be found any more, ends the session: `is_open` turns
-    False and its streams are closed.
+    False and its streams are closed. It `went_round` if the hops had made the newest step by themselves.
     """
 
     def __init__(self, environment: Environment, route: Route, asked: Asked):
         self.max_tokens = asked.max_tokens
         self.is_open = True
+        self.went_round = False
         self._environment = environment
         self._asked = asked
         self._tokens: list[int] = []
@@ -97,6 +98,11 @@ class Session:
     def gives_token_ids(self) -> bool:
         """Whether the last hop tells the likeliest next tokens itself."""
         return self._relay.legs[-1].opened.gives_token_ids
+
+    @property
+    def goes_round(self) -> bool:
+        """Whether the hops are ready to go on by themselves."""
+        return self._relay.is_ring
 
     @property
     def max_step_tokens(self) -> int:
@@ -159,10 +165,21 @@ class Session:
         return from_wire(*await self._run(tokens, seq_pos, hidden, rows, "hidden_states"))
 
     async def next_tokens(
-        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None, rows: int = 1
+        self,
+        tokens: Sequence[int],
+        seq_pos: int,
+        hidden: Tensor | None = None,
+        rows: int = 1,
+        *,
+        rounds: int = 0,
+        ends: Sequence[int] = (),
     ) -> list[int]:
-        """`step`, answered by the last hop with the likeliest token after each row, if `gives_token_ids`."""
-        answer = await self._run(tokens, seq_pos, hidden, rows, "token_ids")
+        """`step`, answered by the last hop with the likeliest token after each row, if `gives_token_ids`.
+
+        After one token for one row the hops may go `rounds` further by themselves, but not beyond a token of
+        `ends`: who goes on with the likeliest tokens, one by one, soon has them.
+        """
+        answer = await self._run(tokens, seq_pos, hidden, rows, "token_ids", rounds, tuple(ends[:MAX_ENDS]))
         if answer.dtype != "uint32":  # another hop has taken the place of the one that told tokens
             return await self._environment.likeliest(from_wire(*answer))
         return list(answer.data.cast("B").cast("I"))
@@ -205,6 +222,7 @@ class Session:
                 self._relay.distrust(leg, Misled(leg.hop))
 
     async def _last_cases(self, scrutiny: Scrutiny) -> list[Case]:
+        self._relay.rewind(len(self._tokens))
         try:
             return await scrutiny.cases(self._relay.legs, self._tokens)
         except LookupError:
@@ -231,16 +249,24 @@ class Session:
         hidden: Tensor | None,
         rows: int,
         response_type: ResponseType,
+        rounds: int = 0,
+        ends: tuple[int, ...] = (),
     ) -> Wired:
         async with self._busy:
             self._check(tokens, seq_pos, hidden, rows)
             with self._ending_on_failure():
-                await self._recovery.move(self._asked_now)
-                self._relay.rewind(seq_pos)
+                self.went_round = response_type == "token_ids" and self._is_on_its_way(tokens, seq_pos)
+                if not self.went_round:
+                    self._relay.stop_rounds()
+                    await self._recovery.move(self._asked_now)
+                    self._relay.rewind(seq_pos)
                 self._tokens[seq_pos:] = tokens
                 if hidden is not None and not self.takes_token_ids:
                     self._keep_given(seq_pos, hidden)
-                wanted = Wanted(len(self._tokens), rows, response_type)
+                if rounds:
+                    self._recovery.go_round()
+                rounds = min(rounds, self.max_tokens - len(self._tokens))
+                wanted = Wanted(len(self._tokens), rows, response_type, rounds, ends)
                 while True:
                     try:
                         answer = await self._relay.bring(wanted)
@@ -254,6 +280,13 @@ class Session:
                     with suppress(LookupError):  # the journals may not hold any more what went in
                         await self._scrutiny.look(self._relay.legs, self._tokens)
                 return answer
+
+    def _is_on_its_way(self, tokens: Sequence[int], seq_pos: int) -> bool:
+        """Whether the hops go on with these tokens by themselves, and may: none of them leaves."""
+        is_next = len(tokens) == 1 and seq_pos == len(self._tokens)
+        if not is_next or any(leg.is_leaving for leg in self._relay.legs):
+            return False
+        return self._relay.is_on_its_way(tokens[0], seq_pos)
 
     def _keep_given(self, seq_pos: int, hidden: Tensor) -> None:
         first = self._relay.legs[0]
@@ -287,6 +320,7 @@ class Session:
     async def _move(self) -> None:
         try:
             async with self._busy:
+                self._relay.rewind(len(self._tokens))
                 await self._recovery.move(self._asked_now, MOVE_PATIENCE)
         except SwarmError as error:
             logger.info("a session cannot be moved: %s", error)

@@ -60,9 +60,11 @@ class Acceptance:
 class StepPace:
     """Seconds that a decode step takes by the rows it has: a line through the newest steps.
 
-    The weighted sums are those of a least-squares fit of seconds over the rows beyond the first.
+    The weighted sums are those of a least-squares fit of seconds over the rows beyond the first. `round` is
+    what a round takes that hops go by themselves, None while none is known.
     """
 
+    round: float | None = None
     _weight: float = 0.0
     _rows: float = 0.0
     _rows_squared: float = 0.0
@@ -84,6 +86,18 @@ class StepPace:
         self._seconds = STEP_DECAY * self._seconds + seconds
         self._products = STEP_DECAY * self._products + further * seconds
 
+    def learn_round(self, seconds: float) -> None:
+        """A round that the hops went by themselves took `seconds`."""
+        if self.round is None:
+            self.round = seconds
+        else:
+            self.round += (1 - STEP_DECAY) * (min(seconds, OUTLIER * self.round) - self.round)
+
+    @property
+    def plain(self) -> float:
+        """Seconds that a token takes without drafts, 0 where nothing is known."""
+        return self.seconds(1) if self.round is None else min(self.seconds(1), self.round)
+
     def seconds(self, rows: int) -> float:
         """What a step of `rows` rows is expected to take, 0 where nothing is known."""
         if not self.is_known:
@@ -103,7 +117,7 @@ def draft_count(odds: Sequence[float], pace: StepPace, seconds_each: float = 0.0
     `odds` are the chances of each drafted token to be right if those before it are; `seconds_each` is what
     drafting one takes. The first step of all is plain, so that there is something to compare with.
     """
-    plain = pace.seconds(1)
+    plain = pace.plain
     if plain <= 0:
         return 0
     tokens = [1.0, *(1.0 + right for right in accumulate(accumulate(odds, mul)))]

@@ -71,6 +71,8 @@ class FakeSession:
     takes_token_ids: bool = True
     gives_token_ids: bool = True
     is_open: bool = True
+    goes_round: bool = False
+    went_round: bool = False
     recoveries: int = 0
     replayed_tokens: int = 0
     journal_bytes: int = 0
@@ -96,7 +98,14 @@ class FakeSession:
         return torch.arange(first, first + rows, dtype=torch.float32)[:, None]
 
     async def next_tokens(
-        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None, rows: int = 1
+        self,
+        tokens: Sequence[int],
+        seq_pos: int,
+        hidden: Tensor | None = None,
+        rows: int = 1,
+        *,
+        rounds: int = 0,
+        ends: Sequence[int] = (),
     ) -> list[int]:
         assert self.gives_token_ids
         states = await self.step(tokens, seq_pos, hidden, rows)

@@ -15,6 +15,7 @@ from swarm.client.blocking import BlockingSwarm
 from swarm.client.draft_model import DraftModel
 from swarm.client.facade import Swarm
 from swarm.client.model.causal_lm import AutoDistributedModelForCausalLM
+from swarm.client.options import SessionOptions
 from swarm.dht.announcement import Announcement, ModelEntry
 from swarm.dht.announcer import Announcer
 from swarm.dht.memory import MemoryStore
@@ -37,6 +38,7 @@ async def serving(
     spans: Sequence[Span] = SPANS,
     kv_tokens: int = 600,
     servers: list[Sessions] | None = None,
+    push: bool = True,
 ) -> AsyncIterator[Swarm]:
     """A client, `latency` seconds away from servers of `spans`, whose sessions are added to `servers`."""
     loop = asyncio.get_running_loop()
@@ -70,7 +72,10 @@ async def serving(
             await Announcer(store.another(), identity, entry, period=600.0).publish(said)
         transport = await stack.enter_async_context(network.transport("client"))
         head = await asyncio.to_thread(Head.load, model, "float32")
-        swarm = await stack.enter_async_context(Swarm(transport, store, model, head, draft_model=draft_model))
+        options = SessionOptions(push=push)
+        swarm = await stack.enter_async_context(
+            Swarm(transport, store, model, head, draft_model=draft_model, sessions=options)
+        )
         await swarm.directory.refresh()
         yield swarm
 

@@ -62,20 +62,30 @@ async def trial(spans: dict[str, Span], faults: Faults, **options: Any) -> Async
 
 
 async def answer(
-    toy: Toy, prompt: Sequence[int] = PROMPT, count: int = COUNT, conversation: Conversation | None = None
+    toy: Toy,
+    prompt: Sequence[int] = PROMPT,
+    count: int = COUNT,
+    conversation: Conversation | None = None,
+    *,
+    speculate: bool = True,
 ) -> Generation:
-    """The answer to `prompt`, which must be that of an undisturbed run."""
-    options = GenerationOptions(max_new_tokens=count, ignore_eos=True)
+    """The answer to `prompt`, which must be that of an undisturbed run.
+
+    Without drafts hops go by themselves wherever they can.
+    """
+    options = GenerationOptions(max_new_tokens=count, ignore_eos=True, speculate=speculate)
     async with asyncio.timeout(DEADLINE):
         found = await toy.swarm.stream_tokens(prompt, options, conversation).result()
     assert list(found.token_ids) == toy.ends.expected(prompt, count)
     return found
 
 
-async def answer_or_error(toy: Toy, prompt: Sequence[int] = PROMPT, count: int = COUNT) -> bool:
+async def answer_or_error(
+    toy: Toy, prompt: Sequence[int] = PROMPT, count: int = COUNT, *, speculate: bool = True
+) -> bool:
     """Whether there was an answer, an exact one; an error for people is the other end that it may have."""
     try:
-        await answer(toy, prompt, count)
+        await answer(toy, prompt, count, speculate=speculate)
     except SwarmError:
         return False
     return True

@@ -45,6 +45,16 @@ ProbeSize = Annotated[int, msgspec.Meta(ge=0, le=MAX_PROBE_BYTES)]
 MAX_HOPS = 64
 """Hops that one step may go through without its client."""
 
+MAX_ROUNDS = 64
+"""Tokens that hops go on by themselves to tell after one step."""
+
+Rounds = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)]
+
+MAX_ENDS = 16
+"""Tokens of which none is gone on with."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+
 MAX_PAGE_KEYS = 3_584
 """Keys that fit one header, for a prefix of 114,688 tokens."""
 
@@ -166,7 +176,7 @@ class Opened(Message, frozen=True, tag="opened"):
     It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
     bring token ids instead of hidden states if `takes_token_ids`, and ask for some if `gives_token_ids`. The
     hop `vouches` for what it gives. It `mirrors`: it knows standbys, and can give and take copies of
-    sessions.
+    sessions. It `goes_round`: it knows the `rounds` of steps.
     """
 
     session_id: SessionId
@@ -178,6 +188,7 @@ class Opened(Message, frozen=True, tag="opened"):
     gives_token_ids: bool = False
     vouches: bool = False
     mirrors: bool = False
+    goes_round: bool = False
 
 
 class Onward(msgspec.Struct, frozen=True, array_like=True):
@@ -199,6 +210,10 @@ class Step(Message, frozen=True, tag="step"):
     Steps are numbered upwards: one whose `number` is not above that of a step that was taken up before is
     ignored, since it came twice. If there is a `then`, its first is what the linked hop is asked to do with
     the result, and the others what the hops after that one are; the client gets its answer all the same.
+
+    After the last hop's token, which is linked to the first, so many `rounds` follow that the hops go by
+    themselves: each with the token that was told last, its `number` one higher, asked of every hop as this
+    one was. None follows a token of `ends`.
     """
 
     session_id: SessionId
@@ -212,6 +227,8 @@ class Step(Message, frozen=True, tag="step"):
     page_keys: PageKeys = b""
     rows: Position = 0
     then: Annotated[tuple[Onward, ...], msgspec.Meta(max_length=MAX_HOPS)] = ()
+    rounds: Rounds = 0
+    ends: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)] = ()
 
 
 class Result(Message, frozen=True, tag="result"):

@@ -36,7 +36,7 @@ from swarm.server.admission import Terms, refusal, refuse_step
 from swarm.server.copying import Copying, Pace, Progress
 from swarm.server.hand_over import hand_over
 from swarm.server.metrics import Metrics
-from swarm.server.onward import Onward
+from swarm.server.onward import Onward, going_on
 from swarm.server.span_engine import SpanEngine, StepOutcome
 from swarm.server.vouching import INLINE_BYTES, Vouching
 
@@ -307,8 +307,13 @@ class Hosted:
 
     def _push(self, step: Step, done: StepOutcome) -> bool:
         """Pass the result on, if it is to go on and can; whether it does."""
-        if step.then and self._onward is not None and self._onward.leads_to(step.then[0].session_id):
-            self._onward.push(step, done)
+        onward = going_on(step, done)
+        if onward is None:
+            return False
+        if onward.session_id == step.session_id:  # this hop runs all blocks
+            return self.takes(onward, done.data, is_fed=True)
+        if self._onward is not None and self._onward.leads_to(onward):
+            self._onward.push(onward, done.data)
             return True
         return False
 
@@ -354,7 +359,8 @@ class Hosted:
             onward, self._onward = self._onward, None
             await onward.close()
         try:
-            self._onward = await Onward.connect(self._transport, asked)
+            gives = self.terms.gives_token_ids
+            self._onward = await Onward.connect(self._transport, asked, gives_token_ids=gives)
         except SwarmError as error:
             peer, reason = printable(asked.peer), printable(str(error))
             logger.info("session %s cannot go on to peer %s: %s", asked.session_id, peer, reason)

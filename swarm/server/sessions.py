@@ -337,6 +337,7 @@ class Sessions:
             gives_token_ids=terms.gives_token_ids,
             vouches=vouching is not None,
             mirrors=engine.can_hand_over,
+            goes_round=True,
         )
 
     def _on_probe(self, seat: Seat, asked: Probe) -> Error | None:

@@ -10,6 +10,7 @@ from swarm.blocks.models import resolve
 from swarm.client.draft_model import DraftModel
 from swarm.client.options import GenerationOptions, SamplingOptions
 from swarm.net.virtual_time import in_virtual_time
+from swarm.spans import Span
 from tests.tiny import greedy, tiny_checkpoint, tiny_model
 from tests.tiny_swarm import SPANS, serving
 
@@ -88,6 +89,22 @@ async def test_chat_goes_through_the_template(checkpoint: tuple[Path, Any]) -> N
         assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("spans", [SPANS, [Span(SPANS[0].start, SPANS[-1].end)]], ids=["several", "one"])
+@in_virtual_time
+async def test_hops_that_go_by_themselves_tell_the_same_tokens_sooner(
+    checkpoint: tuple[Path, Any], spans: list[Span]
+) -> None:
+    folder, whole = checkpoint
+    options = GenerationOptions(max_new_tokens=80, ignore_eos=True, speculate=False)
+    rates = []
+    for push in (True, False):
+        async with serving(resolve(str(folder)), latency=0.05, spans=spans, push=push) as swarm:
+            answer = await swarm.stream_tokens(PROMPT, options).result()
+            assert list(answer.token_ids) == greedy(whole, PROMPT, 80)
+            rates.append(answer.tokens_per_s)
+    assert rates[0] > 5 * rates[1]
+
+
 SAMPLED = SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=11)
 
 
@@ -106,7 +123,7 @@ async def test_drafts_over_a_slow_link_change_no_token(
     monkeypatch.setattr(DraftModel, "took", lambda *_: None)
     drafts = DraftModel(tiny_model("Llama", seed), 128)
     drafts.seconds_each = 0.001
-    async with serving(resolve(str(folder)), latency=0.05, draft_model=drafts) as swarm:
+    async with serving(resolve(str(folder)), latency=0.05, draft_model=drafts, push=False) as swarm:
         plain = await swarm.stream_tokens(PROMPT, replace(options, speculate=False)).result()
         quick = await swarm.stream_tokens(PROMPT, options).result()
     drafts.close()

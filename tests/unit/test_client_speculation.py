@@ -24,6 +24,18 @@ def odds(rate: float) -> list[float]:
     return [rate] * MAX_DRAFT
 
 
+def test_drafts_must_be_faster_than_hops_that_go_by_themselves() -> None:
+    learned = pace(0.3, 0.005)
+    assert draft_count(odds(0.6), learned) > 0
+    learned.learn_round(0.05)
+    assert learned.plain == pytest.approx(0.05)
+    assert draft_count(odds(0.6), learned) == 0
+    assert draft_count(odds(0.97), learned) == MAX_DRAFT
+    for _ in range(100):
+        learned.learn_round(0.4)
+    assert learned.plain == learned.seconds(1)
+
+
 def test_slow_links_and_good_drafts_draft_many() -> None:
     assert draft_count(odds(0.8), pace(0.3, 0.005)) >= 8
     assert draft_count(odds(0.97), pace(0.3, 0.005)) == MAX_DRAFT

@@ -6,6 +6,7 @@ All on a virtual clock, and each run repeats itself from its number.
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, get_args
 
 import msgspec
@@ -440,7 +441,8 @@ def test_frames_may_be_struck_by_chance(seed: int) -> None:
     rng = random.Random(-seed)
     chances = {act: rng.choice((0.0, 0.002, 0.01)) for act in ACTS}
     faults = Faults(seed, odds=Odds(seconds=rng.choice((0.05, 1.0, 10.0)), **chances))
-    run_stepping(run(faults, spans=rng.choice(SWARMS), ask=answer_or_error))
+    ask = partial(answer_or_error, count=rng.choice((COUNT, 40)), speculate=rng.random() < 0.5)
+    run_stepping(run(faults, spans=rng.choice(SWARMS), ask=ask))
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -450,7 +452,7 @@ def test_servers_may_have_mishaps(seed: int) -> None:
     async def ask(toy: Toy) -> None:
         befalling = asyncio.create_task(befall(toy, faults))
         try:
-            await answer_or_error(toy, count=40)
+            await answer_or_error(toy, count=40, speculate=seed % 2 == 0)
         finally:
             befalling.cancel()
             await asyncio.gather(befalling, return_exceptions=True)

@@ -160,6 +160,30 @@ def test_what_goes_on_to_the_next_hop_are_no_token_ids() -> None:
     assert "states of all tokens" in error.message
 
 
+def test_rounds_are_admitted() -> None:
+    assert refuse_step(changed(STEP, then=ONWARD, rounds=3), 24, TERMS) is None
+    last = changed(STEP, response_type="token_ids", rows=1, rounds=3)
+    assert refuse_step(last, 24, GIVING) is None
+    assert refuse_step(changed(last, then=ONWARD), 24, GIVING) is None
+    assert refuse_step(changed(last, shape=(1, 3), rows=0), 12, GIVING) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ({"then": ONWARD, "rows": 1}, "states of all tokens"),
+        ({}, "begins with a token"),
+        ({"response_type": "token_ids"}, "begins with one token"),
+        ({"response_type": "token_ids", "rows": 2, "then": ONWARD}, "begins with one token"),
+    ],
+)
+def test_rounds_that_lead_nowhere_are_refused(step: dict[str, object], says: str) -> None:
+    error = refuse_step(changed(STEP, rounds=1, **step), 24, GIVING)  # type: ignore[arg-type]
+    assert error is not None
+    assert error.code == "bad_request"
+    assert says in error.message
+
+
 def test_a_rollback_is_admitted() -> None:
     assert refuse_step(changed(STEP, seq_pos=0), 24, TERMS) is None
 

@@ -1,6 +1,10 @@
 """Steps that go on from hop to hop: links, feeds, and what becomes of them when one end goes."""
 
 import asyncio
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,6 +32,8 @@ from swarm.net.transport import Stream, StreamClosed
 from swarm.net.virtual_time import in_virtual_time
 from swarm.server import hosted, sessions
 from swarm.server import onward as onwards
+from swarm.spans import Span
+from tests.fake_engine import FakeEngine
 from tests.hosting import (
     HIDDEN,
     ONE,
@@ -61,11 +67,25 @@ def onward(session_id: str, rows: int = 0, page_keys: bytes = b"") -> Onward:
     return Onward(session_id, "hidden_states", rows, page_keys)
 
 
-async def linked(first: Host, then: Host) -> tuple[MessageStream, MessageStream]:
+async def linked(first: Host, then: Host, **changes: Any) -> tuple[MessageStream, MessageStream]:
     """A client's streams to two hops, whose sessions `ONE` and `TWO` are linked."""
-    one, two = await opened(first, ONE), await opened(then, TWO)
+    one, two = await opened(first, ONE, **changes), await opened(then, TWO, **changes)
     assert await ask(one, link(ONE, then, TWO)) == Linked(session_id=ONE)
     return one, two
+
+
+@asynccontextmanager
+async def whole(*names: str, **settings: Any) -> AsyncIterator[list[Host]]:
+    """Servers of all blocks, which take token ids and tell them again, one higher after hidden states."""
+    settings |= {"takes_token_ids": True, "gives_token_ids": True}
+    kind: Any = partial(FakeEngine, **settings)
+    async with servers(*names, kind=kind, span=Span(0, 4)) as hosts:
+        yield hosts
+
+
+def ids(seq_pos: int = 0, **changes: Any) -> Step:
+    """A step that brings one token."""
+    return stepping(seq_pos, 1, payload_type="token_ids", shape=(1,), dtype="uint32", **changes)
 
 
 class Tap:
@@ -113,6 +133,57 @@ async def test_a_step_goes_through_three_hops_and_the_client_hears_of_each() -> 
                 assert bytes(body) == values(rows or tokens, float(hop))
         for host, session_id in ((a, ONE), (b, TWO), (c, THREE)):
             assert host.engine.steps == [(session_id, 0, 4), (session_id, 4, 1)]
+
+
+@in_virtual_time
+async def test_hops_go_the_rounds_they_were_asked_for_by_themselves() -> None:
+    async with whole("a", "b") as (a, b):
+        one, two = await linked(a, b, start=0)
+        back = link(TWO, a, ONE, dtype="uint32")
+        assert await ask(two, back) == Linked(session_id=TWO)
+        then = (Onward(TWO, "token_ids", 1, b""),)
+        await one.send(ids(number=4, then=then, rounds=2), array("I", [7]).tobytes())
+        for at in range(3):
+            given, told = await hear(one), await two.receive()
+            assert isinstance(given, Result)
+            assert isinstance(told[0], Result)
+            assert (given.number, given.seq_pos, given.pushed) == (4 + at, at, True)
+            assert (told[0].number, told[0].seq_pos, told[0].pushed) == (4 + at, at, at < 2)
+            assert list(told[1].cast("I")) == [7 + 1 + at]
+        assert a.engine.steps == [(ONE, at, 1) for at in range(3)]
+        await silence(two)
+
+
+@pytest.mark.parametrize(("ends", "steps"), [((), 4), ((9,), 4), ((5, 8), 1)])
+@in_virtual_time
+async def test_a_hop_with_all_blocks_asks_itself_until_a_token_ends_it(
+    ends: tuple[int, ...], steps: int
+) -> None:
+    async with whole("a") as (a,):
+        client = await opened(a, ONE, start=0)
+        step = ids(response_type="token_ids", rows=1, rounds=3, ends=ends)
+        await client.send(step, array("I", [8]).tobytes())
+        for at in range(steps):
+            result, told = await client.receive()
+            assert isinstance(result, Result)
+            assert (result.number, result.pushed) == (step.number + at, at < steps - 1)
+            assert list(told.cast("I")) == [8]
+        await silence(client)
+        assert a.engine.steps == [(ONE, at, 1) for at in range(steps)]
+
+
+@in_virtual_time
+async def test_a_newer_step_ends_the_rounds_before_it() -> None:
+    async with whole("a", seconds=1.0) as (a,):
+        client = await opened(a, ONE, start=0)
+        first = ids(number=1, response_type="token_ids", rows=1, rounds=20)
+        await client.send(first, array("I", [8]).tobytes())
+        for number in (1, 2, 3):
+            assert (await hear(client)).number == number  # type: ignore[union-attr]
+        newer = ids(number=30, response_type="token_ids", rows=1)
+        await client.send(newer, array("I", [8]).tobytes())
+        assert [(await hear(client)).number for _ in "ab"] == [4, 30]  # type: ignore[union-attr]
+        await silence(client)
 
 
 @in_virtual_time

@@ -39,7 +39,7 @@ async def test_a_session_from_open_to_close() -> None:
         client = await host.client()
         opened = await ask(client, opening())
         assert opened == Opened(
-            session_id=ONE, dtype="float32", codec="raw", max_step_tokens=16, mirrors=True
+            session_id=ONE, dtype="float32", codec="raw", max_step_tokens=16, mirrors=True, goes_round=True
         )
         assert host.engine.kv_tokens_left == 980
         result, body = await client.call(stepping(0, 5, number=1), values(5, 1.0), timeout=5, max_body=100)
