@@ -23,15 +23,27 @@ EXIT_PATIENCE = 10.0
 _Work: TypeAlias = tuple[Callable[[], Any], Then, asyncio.AbstractEventLoop]
 
 
+class _Count:
+    """How much was done."""
+
+    number = 0
+
+
 class ComputeThread:
     """Does what it is given, one thing after the other. All methods are called from one event loop."""
 
     def __init__(self) -> None:
         self._waiting: SimpleQueue[_Work | None] = SimpleQueue()
-        self._thread = Thread(target=_work, args=(self._waiting,), name="compute", daemon=True)
+        self._started, self._done = 0, _Count()
+        self._thread = Thread(target=_work, args=(self._waiting, self._done), name="compute", daemon=True)
         self._thread.start()
         self._end = weakref.finalize(self, self._waiting.put, None)
         _threads.add(self)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it does something, or is about to."""
+        return self._started != self._done.number
 
     def start(self, work: Callable[[], Any], then: Then) -> None:
         """Have `work` done, and call `then` on the event loop, whose clock stands still where it can.
@@ -42,6 +54,7 @@ class ComputeThread:
         if not self._end.alive:
             raise RuntimeError("nothing is computed in a closed thread")
         loop = asyncio.get_running_loop()
+        self._started += 1
         outside_work = getattr(loop, "outside_work", None)  # of a virtual clock
         self._waiting.put((work, then if outside_work is None else _after(outside_work(), then), loop))
 
@@ -67,6 +80,7 @@ class ComputeThread:
         with suppress(Empty):
             while (one := self._waiting.get_nowait()) is not None:
                 _, then, loop = one
+                self._started -= 1
                 loop.call_soon(then, None, asyncio.CancelledError())
         self._end()
 
@@ -97,7 +111,7 @@ def _after(outside_work: AbstractContextManager[None], then: Then) -> Then:
     return ended
 
 
-def _work(waiting: "SimpleQueue[_Work | None]") -> None:
+def _work(waiting: "SimpleQueue[_Work | None]", done: "_Count") -> None:
     while (one := waiting.get()) is not None:
         work, then, loop = one
         outcome, error = None, None
@@ -105,6 +119,7 @@ def _work(waiting: "SimpleQueue[_Work | None]") -> None:
             outcome = work()
         except BaseException as failure:  # whatever failed is for whoever asked
             error = failure
+        done.number += 1
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(then, outcome, error)
         del one, work, then, loop, outcome, error  # and does not hold, until there is more to do, what is big

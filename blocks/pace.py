@@ -37,6 +37,11 @@ class Pace:
         known = [seconds for bucket, seconds in self._decode.items() if bucket <= _bucket(rows)]
         return max(known, default=None)
 
+    def decode_rows(self, seconds: float) -> int:
+        """The most rows that an iteration of decode has which takes no longer, as far as such have run."""
+        quick = [bucket for bucket in self._decode if (self.decode_seconds(2**bucket) or 0.0) <= seconds]
+        return 2 ** (max(quick) + 1) - 1 if quick else 0
+
     def prefill_rows(self, decoding: int) -> int:
         """Rows of prefill for the next iteration, where `decoding` rows of decode come along each time."""
         least = LEAST_ROWS if decoding else LEAST_ALONE

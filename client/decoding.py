@@ -27,7 +27,7 @@ NewDrafter = Callable[[Sequence[int], Sampler], Drafter]
 
 
 MAX_ROUNDS, ROUNDS_SECONDS = 31, 1.0
-"""Tokens that hops go on by themselves to tell at most, and seconds: longer than that none goes on in vain."""
+"""Tokens that hops go on by themselves to tell at most, and seconds: no longer do they go on in vain."""
 
 SCORED_ROWS = 64
 """So many of a prompt's tokens are scored at a time: their logits are large."""
@@ -139,7 +139,7 @@ class Decoding:
 
     @property
     def _takes_likeliest(self) -> bool:
-        """Whether nothing but the likeliest tokens is wanted: hops that tell those can go on by themselves."""
+        """Whether nothing but the likeliest tokens is wanted: hops that tell them can go on by themselves."""
         return self._sampler.takes_likeliest and self._scoring is None
 
     @property

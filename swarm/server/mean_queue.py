@@ -17,7 +17,7 @@ class MeanQueue:
         self.steps = 0.0
         self._at = -inf
 
-    def see(self, steps: int, now: float) -> None:
+    def see(self, steps: float, now: float) -> None:
         """So many `steps` are in the queue, and are taken to have been since the last look."""
         kept = exp((self._at - now) / MEMORY)
         self.steps = steps + kept * (self.steps - steps)

@@ -59,6 +59,8 @@ class Strength:
         self._seen = Seen()
         self._together = Together()
         self._mean_queue = MeanQueue()
+        self._mean_running = MeanQueue()
+        self._running_seconds = 0.0
         self._network = 0.0
         self._ran_at = self._engine_due = self._network_due = 0.0
 
@@ -75,11 +77,13 @@ class Strength:
     @property
     def mean_queue(self) -> float:
         """The same on average over the last seconds."""
-        return self._mean_queue.steps * self._together.part(self._cell.throughput.decode)
+        steps = max(self._mean_queue.steps, self._mean_running.steps)
+        return steps * self._together.part(self._cell.throughput.decode)
 
     def on_batch(self, report: BatchReport) -> None:
         """The engine has run an iteration."""
         self._ran_at = self._now()
+        self._running_seconds += report.steps * report.seconds
         self._seen.add(report)
         self._together.add(report)
 
@@ -90,9 +94,14 @@ class Strength:
             tasks.create_task(self._measure_due(), name="measure what is due")
 
     async def _watch_queue(self) -> None:
+        """Where what runs holds up the event loop, nobody sees it in the queue: its seconds count as well."""
+        looked_at = self._now()
         while True:
-            self._mean_queue.see(self._queued, self._now())
             await asyncio.sleep(QUEUE_PERIOD)
+            now = self._now()
+            self._mean_queue.see(self._queued, now)
+            self._mean_running.see(self._running_seconds / (now - looked_at), now)
+            self._running_seconds, looked_at = 0.0, now
 
     async def _measure_due(self) -> None:
         while True:

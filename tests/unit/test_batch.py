@@ -150,3 +150,11 @@ def test_slow_iterations_do_not_shrink_chunks_for_ever():
 def test_before_anything_ran_chunks_are_small():
     assert Pace().prefill_rows(decoding=3) == LEAST_ROWS
     assert Pace().prefill_rows(decoding=0) == LEAST_ALONE
+
+
+def test_as_many_rows_are_quick_as_have_run_in_that_time() -> None:
+    pace = Pace()
+    assert pace.decode_rows(1.0) == 0, "nothing has run"
+    for rows, seconds in ((1, 0.010), (5, 0.014), (8, 0.030)):
+        pace.learn(rows, 0, seconds)
+    assert [pace.decode_rows(seconds) for seconds in (0.005, 0.010, 0.015, 0.1)] == [0, 1, 7, 15]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarm.blocks.compute import Compute
 from swarm.blocks.engine import Engine
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.blocks.head import Head
@@ -309,3 +310,83 @@ async def test_pages_of_a_step_that_was_given_up_get_no_name_of_the_next(llama: 
             engine.close_session(name)
         assert engine.open_session("t", WHOLE, 100, page_keys=page_keys([6] * 64)) == 0
         engine.close_session("t")
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of those that computed, iteration by iteration."""
+    names: list[str] = []
+    run = Compute.run
+
+    def noted(self: Compute, pieces: Any) -> None:
+        names.append(threading.current_thread().name)
+        run(self, pieces)
+
+    monkeypatch.setattr(Compute, "run", noted)
+    return names
+
+
+async def decode(engine: Engine, names: str, seq_pos: int) -> None:
+    """One step of each session, one after the other, and a moment for what is counted afterwards."""
+    for name in names:
+        await step(engine, name, seq_pos, torch.randn(1, 32))
+        await asyncio.sleep(0)
+
+
+async def test_steps_of_a_session_that_is_alone_are_computed_on_the_event_loop(
+    llama: tuple[Model, Any], threads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = threading.current_thread().name
+    monkeypatch.setattr("swarm.blocks.engine.INLINE_SECONDS", 60.0)
+    async with engine_of(llama[0]) as engine:
+        engine.open_session("a", WHOLE, 60)
+        await step(engine, "a", 0, torch.randn(30, 32))
+        for at in range(30, 34):
+            await decode(engine, "a", at)
+        assert threads == ["compute", "compute", own, own, own], "the first tells how long they take"
+        engine.open_session("b", WHOLE, 60)
+        threads.clear()
+        for at in range(3):
+            await decode(engine, "ab", at)
+        assert set(threads) == {"compute"}
+        threads.clear()
+        monkeypatch.setattr("swarm.blocks.engine.DECODING_SECONDS", 0.0)
+        await decode(engine, "aa", 3)
+        assert threads == [own, own], "the other rests"
+        await step(engine, "a", 0, torch.randn(50, 32))
+        assert threads[2:] == ["compute"], "a prompt takes its time"
+        for name in "ab":
+            engine.close_session(name)
+
+
+async def test_steps_that_take_longer_leave_the_event_loop_alone(
+    llama: tuple[Model, Any], threads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.blocks.engine.INLINE_SECONDS", 1e-9)
+    async with engine_of(llama[0]) as engine:
+        engine.open_session("a", WHOLE, 60)
+        for at in range(4):
+            await decode(engine, "a", at)
+        engine.close_session("a")
+    assert threads == ["compute"] * 4
+
+
+async def test_what_fails_on_the_event_loop_fails_its_step_alone(
+    llama: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.blocks.engine.INLINE_SECONDS", 60.0)
+    async with engine_of(llama[0]) as engine:
+        engine.open_session("a", WHOLE, 60)
+        hidden = torch.randn(5, 32)
+        for at in range(4):
+            await step(engine, "a", at, hidden[at : at + 1])
+            await asyncio.sleep(0)
+        with monkeypatch.context() as broken:
+            broken.setattr(Compute, "run", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await step(engine, "a", 4, hidden[4:])
+        again = await step(engine, "a", 4, hidden[4:])
+        engine.open_session("b", WHOLE, 60)
+        torch.testing.assert_close(again[-1], (await step(engine, "b", 0, hidden))[-1], rtol=0, atol=0)
+        for name in "ab":
+            engine.close_session(name)

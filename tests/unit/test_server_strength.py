@@ -187,6 +187,20 @@ async def test_what_is_in_the_queue_now_and_then_is_announced_as_its_mean() -> N
 
 
 @in_virtual_time
+async def test_what_held_up_the_event_loop_counts_as_queued() -> None:
+    """Nobody sees it in the queue: it is computed within one callback of the loop."""
+    world = World()
+    async with world.server("alice") as life:
+        await asyncio.sleep(12)
+        engine = world.engines["alice"]
+        assert engine.on_batch is not None
+        for _ in range(100):
+            engine.on_batch(Ran(steps=1, seconds=0.06))
+            await asyncio.sleep(0.2)
+        assert life.server.announcement().mean_queue == pytest.approx(0.3, abs=0.05)
+
+
+@in_virtual_time
 async def test_a_server_that_got_slower_is_measured_again_once_it_is_idle() -> None:
     world = World()
     async with world.server("alice") as life:
