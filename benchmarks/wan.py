@@ -49,12 +49,16 @@ from benchmarks.wan_report import (
 from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
 from swarm.client import relay
+from swarm.client.decoding import MAX_ROUNDS
 from swarm.client.facade import Swarm
 from swarm.client.generation import Generation
 from swarm.client.options import GenerationOptions
 
 SERVERS = 3
 WARM_UP_TOKENS = 12
+LINKING = 4
+"""Steps after which all hops of a session are linked."""
+
 LONGEST_STEP = 4096
 """Tokens of a step that no prompt here has: it goes in one piece."""
 
@@ -118,18 +122,23 @@ class Bench:
         return elapsed, result[-1]
 
     async def shares(self, client: Swarm, far: Far) -> dict[str, Any]:
-        """Where the milliseconds of a decode step go, the client's own computing left out."""
+        """Where the milliseconds of a greedy answer's decode step go."""
         prompt, count = self.asked.prompts[OTHER][0], self.args.steps
-        session = await client.open_session(prompt, needed=len(prompt) + count)
-        embedded = self.head.embed(torch.tensor(prompt))
-        await session.step(prompt, 0, embedded)
+        session = await client.open_session(prompt, needed=len(prompt) + LINKING + count)
+        tokens = [*prompt, *await session.next_tokens(prompt, 0)]
+
+        async def step() -> None:
+            tokens.extend(await session.next_tokens(tokens[-1:], len(tokens) - 1, rounds=MAX_ROUNDS))
+
+        for _ in range(LINKING):
+            await step()
         session.reset_times()
         pids = [server.pid for server in far.servers]
         before = {"servers": seconds_used(pids), "clients": own_seconds()}
         elapsed = []
-        for number in range(count):
+        for _ in range(count):
             started = time.perf_counter()
-            await session.step(prompt[:1], len(prompt) + number, embedded[:1])
+            await step()
             elapsed.append(1000 * (time.perf_counter() - started))
         after = {"servers": seconds_used(pids), "clients": own_seconds()}
         hops = [times for _, times in session.times()]
