@@ -133,6 +133,7 @@ class Conversation:
             session.tell_changes(partial(on_route, session))
             on_route(session)
             start = min(_common_prefix(prompt, session.tokens), len(prompt) - rows)
+            session.expects_rounds = self._likeliest and max_new_tokens > 1
             outcome = await self._bring(session, prompt, start, rows)
             return Begun(turn, session, outcome, start)
 

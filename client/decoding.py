@@ -29,6 +29,9 @@ NewDrafter = Callable[[Sequence[int], Sampler], Drafter]
 MAX_ROUNDS, ROUNDS_SECONDS = 31, 1.0
 """Tokens that hops go on by themselves to tell at most, and seconds: no longer do they go on in vain."""
 
+FIRST_ROUNDS = 4
+"""As many before it is known how long they take."""
+
 SCORED_ROWS = 64
 """So many of a prompt's tokens are scored at a time: their logits are large."""
 
@@ -146,7 +149,7 @@ class Decoding:
     def _most_rounds(self) -> int:
         """How far hops may go by themselves: as far as they come in `ROUNDS_SECONDS`."""
         seconds = self._conversation.pace.plain
-        return min(MAX_ROUNDS, int(ROUNDS_SECONDS / seconds)) if seconds else MAX_ROUNDS
+        return min(MAX_ROUNDS, int(ROUNDS_SECONDS / seconds)) if seconds else FIRST_ROUNDS
 
     def _learn_pace(self, rows: int, seconds: float) -> None:
         """A step of so many rows took `seconds`, whoever had it made."""

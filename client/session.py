@@ -40,13 +40,14 @@ class Session:
     """One sequence along a route, of which all hops hold `tokens`.
 
     A step that is cancelled, or for which no hops can be found any more, ends the session: `is_open` turns
-    False and its streams are closed. It `went_round` if the hops had made the newest step by themselves.
+    False and its streams are closed. It `went_round` if the hops had made the newest step by themselves, for
+    which they get ready as soon as it `expects_rounds`.
     """
 
     def __init__(self, environment: Environment, route: Route, asked: Asked):
         self.max_tokens = asked.max_tokens
         self.is_open = True
-        self.went_round = False
+        self.went_round = self.expects_rounds = False
         self._environment = environment
         self._asked = asked
         self._tokens: list[int] = []
@@ -263,7 +264,7 @@ class Session:
                 self._tokens[seq_pos:] = tokens
                 if hidden is not None and not self.takes_token_ids:
                     self._keep_given(seq_pos, hidden)
-                if rounds:
+                if rounds or self.expects_rounds:
                     self._recovery.go_round()
                 rounds = min(rounds, self.max_tokens - len(self._tokens))
                 wanted = Wanted(len(self._tokens), rows, response_type, rounds, ends)

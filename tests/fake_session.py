@@ -73,6 +73,7 @@ class FakeSession:
     is_open: bool = True
     goes_round: bool = False
     went_round: bool = False
+    expects_rounds: bool = False
     recoveries: int = 0
     replayed_tokens: int = 0
     journal_bytes: int = 0
