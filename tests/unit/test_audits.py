@@ -75,6 +75,25 @@ async def test_honest_hops_are_found_to_agree() -> None:
         assert sum(asked.priority == "bulk" for asked in replays) == 3
 
 
+@pytest.mark.parametrize("stop", [None, "q"])
+@in_virtual_time
+async def test_honest_hops_that_go_by_themselves_are_found_to_agree(
+    stop: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Audited while they go on, and at the end of an answer that they do not know to be over."""
+    monkeypatch.setattr("swarm.client.scrutiny.FIRST_AUDIT", 8)
+    async with toy_swarm(spans("a2", "b2", "c2"), sessions=ALL) as toy:
+        for server in toy.servers.values():
+            server.tells = letters
+        expected = toy.ends.expected(list(PROMPT.encode()), 90)
+        found = await ask(toy, tokens=90, speculate=False, stop=[stop] if stop else [])
+        assert found == expected[: len(found)]
+        assert len(found) == 90 or stop
+        audits = toy.swarm.audits
+        assert audits == Counts(agreed=audits.agreed)
+        assert audits.agreed >= 3
+
+
 @pytest.mark.parametrize("tells", [None, letters])
 @in_virtual_time
 async def test_a_liar_is_caught_by_two_others_and_left_out(tells: Any, tmp_path: Path) -> None:
@@ -172,6 +191,22 @@ async def test_who_was_fed_something_else_is_not_taken_for_a_liar() -> None:
         assert not toy.swarm._routes.may_push(toy["b"].peer, toy["c"].peer)
         await prefer(toy, "a", "b", "c")
         assert await ask(toy) == toy.ends.expected(list(PROMPT.encode()), 8), "it comes from the client now"
+
+
+@in_virtual_time
+async def test_who_was_brought_another_token_than_was_told_is_not_taken_for_a_liar() -> None:
+    """`c` begins further rounds at `a` with tokens that it does not tell the client."""
+    async with toy_swarm(spans("a2", "a3"), sessions=ALL) as toy:
+        for server in toy.servers.values():
+            server.tells = letters
+        await prefer(toy, "a", "b", "c")
+        toy["a"].fed = lambda body: (np.frombuffer(body, np.uint32) + 1).tobytes()
+        expected = toy.ends.expected(list(PROMPT.encode()), 8)
+        assert await ask(toy, speculate=False) != expected
+        assert toy.swarm.audits == Counts(agreed=0, unclear=1, unchecked=2)
+        assert not toy.swarm._routes.may_push(toy["c"].peer, toy["a"].peer)
+        await prefer(toy, "a", "b", "c")
+        assert await ask(toy, speculate=False) == expected, "the client brings each token now"
 
 
 def quiet(message: AnyMessage) -> AnyMessage:
