@@ -148,8 +148,10 @@ class Decoding:
     @property
     def _most_rounds(self) -> int:
         """How far hops may go by themselves: as far as they come in `ROUNDS_SECONDS`."""
-        seconds = self._conversation.pace.plain
-        return min(MAX_ROUNDS, int(ROUNDS_SECONDS / seconds)) if seconds else FIRST_ROUNDS
+        pace = self._conversation.pace
+        if not pace.is_known:
+            return FIRST_ROUNDS
+        return int(ROUNDS_SECONDS / max(pace.plain, ROUNDS_SECONDS / MAX_ROUNDS))
 
     def _learn_pace(self, rows: int, seconds: float) -> None:
         """A step of so many rows took `seconds`, whoever had it made."""
