@@ -13,6 +13,7 @@ from swarm.blocks.errors import NoCapacity, StepError
 from swarm.client.costs import PREFILL_GAIN
 from swarm.net.forms import Codec, Dtype, Wire
 from swarm.net.messages import Priority, ResponseType
+from swarm.sampling import Sampling
 from swarm.server.span_engine import BatchReport
 from swarm.spans import Span
 
@@ -43,6 +44,7 @@ class Outcome:
     codec: Codec = "raw"
     deserialise_ms: float = 0.0
     serialise_ms: float = 0.0
+    token: int | None = None
 
     @property
     def forward_ms(self) -> float:
@@ -131,6 +133,7 @@ class SimulatedEngine:
         page_keys: bytes = b"",
         response_type: ResponseType = "hidden_states",
         rows: int = 0,
+        sampling: Sampling | None = None,
     ) -> Outcome:
         session, tokens = self._held(session_id), shape[0]
         now = asyncio.get_running_loop().time()

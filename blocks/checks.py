@@ -21,6 +21,7 @@ class StepForm(NamedTuple):
     codec: str
     response_type: str
     rows: int
+    samples: bool = False
 
 
 def max_step_tokens(loaded: LoadedSpan) -> int:
@@ -49,13 +50,13 @@ def check_step(loaded: LoadedSpan, session: Session, step: StepForm, most: int) 
 
 
 def gives_tokens(loaded: LoadedSpan, kv: SessionKV) -> bool:
-    """Whether steps of the session may ask for the token that the model finds likeliest after them."""
+    """Whether steps of the session may ask for the token after them."""
     return loaded.logits is not None and kv.blocks.end == loaded.span.size
 
 
 def _fault_of_form(loaded: LoadedSpan, session: Session, step: StepForm) -> str | None:
     kv, wire = session.kv, session.wire
-    if step.response_type == "token_ids" and not gives_tokens(loaded, kv):
+    if (step.response_type == "token_ids" or step.samples) and not gives_tokens(loaded, kv):
         return "Token ids are given by a server of the last block, for sessions that end there."
     if step.response_type not in ("token_ids", "hidden_states"):
         return "Steps are answered with hidden states or token ids here."

@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from swarm.blocks.choosing import choose
 from swarm.blocks.errors import StepError
 from swarm.blocks.kv import PageCopy
 from swarm.blocks.loading import LoadedSpan
@@ -20,6 +21,7 @@ from swarm.blocks.precision import WireForm
 from swarm.blocks.steps import PendingStep, StepResult
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.kernels.pages import Segment
+from swarm.sampling import Sampling
 from swarm.spans import Span
 
 HEAD_ROWS = 64
@@ -58,6 +60,13 @@ class Piece:
     def is_last(self) -> bool:
         return self.end == self.step.tokens
 
+    @property
+    def tokens_asked(self) -> int:
+        """After how many of its rows, the last ones, the head is to choose a token."""
+        if self.step.wants_tokens:
+            return self.asked
+        return int(self.step.sampling is not None and self.is_last)
+
 
 class Compute:
     """Runs iterations of a loaded span."""
@@ -80,7 +89,7 @@ class Compute:
             self._deserialise(piece.step)
         for blocks, group in groupby(sorted(pieces, key=_by_blocks), key=_by_blocks):
             self._run_together(Span(*blocks), list(group))
-        self._choose([piece for piece in pieces if piece.step.wants_tokens and piece.asked])
+        self._choose([piece for piece in pieces if piece.tokens_asked])
         for piece in pieces:
             if piece.is_last:
                 self._serialise(piece)
@@ -113,16 +122,22 @@ class Compute:
             piece.step.since = ended
 
     def _choose(self, pieces: Sequence[Piece]) -> None:
-        """The likeliest token after each row that is asked for, by the head, those of all pieces together."""
+        """The tokens that are asked for, by the head, which takes the rows of all pieces together."""
         if not pieces:
             return
         started = time.perf_counter()
         assert self._logits is not None
-        rows = torch.cat([_output_of(piece) for piece in pieces])
-        tokens = torch.cat([_likeliest(self._logits(some)) for some in rows.split(HEAD_ROWS)])
+        rows = torch.cat([_output_of(piece)[-piece.tokens_asked :] for piece in pieces])
+        logits = (row for some in rows.split(HEAD_ROWS) for row in self._logits(some))
+        for piece in pieces:
+            step = piece.step
+            if step.wants_tokens:
+                likeliest = [_likeliest(next(logits)) for _ in range(piece.asked)]
+                piece.output = torch.tensor(likeliest, dtype=torch.int32)
+            elif step.sampling is not None:
+                step.token = _sampled(next(logits), step.sampling, piece.segment.length)
         ended = time.perf_counter()
-        for piece, own in zip(pieces, tokens.split([piece.asked for piece in pieces]), strict=True):
-            piece.output = own
+        for piece in pieces:
             piece.step.times.forward += ended - started
 
     def _serialise(self, piece: Piece) -> None:
@@ -141,6 +156,7 @@ class Compute:
             deserialise_ms=1000 * step.times.deserialise,
             forward_ms=1000 * step.times.forward,
             serialise_ms=1000 * step.times.serialise,
+            token=step.token,
         )
 
 
@@ -158,17 +174,27 @@ def _end_of(output: Tensor, rows: int) -> Tensor:
     return output if rows == len(output) else output[len(output) - rows :].clone()
 
 
-def _likeliest(logits: Tensor) -> Tensor:
-    """Of logits [rows, vocabulary], the tokens [rows] as int32.
+def _likeliest(logits: Tensor) -> int:
+    """The token for logits [vocabulary].
 
     Raises:
         StepError: they are not numbers.
     """
     values = logits.numpy()
-    tokens = values.argmax(-1)
-    if not np.isfinite(values[range(len(values)), tokens]).all():
+    token = int(values.argmax())
+    if not isfinite(values[token]):
         raise StepError("internal", "The model gave values that are not numbers.")
-    return torch.from_numpy(tokens.astype(np.int32))
+    return token
+
+
+def _sampled(logits: Tensor, sampling: Sampling, position: int) -> int:
+    """The token at `position`, for logits [vocabulary].
+
+    Raises:
+        StepError: they are not numbers.
+    """
+    _likeliest(logits)  # that there are numbers
+    return choose(logits, sampling, position)
 
 
 def _rows_of(piece: Piece) -> Tensor:

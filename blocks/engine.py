@@ -31,6 +31,7 @@ from swarm.blocks.steps import BatchReport, EngineStats, PendingStep, Session, S
 from swarm.kernels.codecs import to_wire
 from swarm.kernels.pages import Segment
 from swarm.page_keys import PAGE_TOKENS
+from swarm.sampling import Sampling
 from swarm.spans import Span
 
 __all__ = ["Engine", "EngineConfig", "blocks_that_fit"]
@@ -103,7 +104,7 @@ class Engine:
 
     @property
     def gives_token_ids(self) -> bool:
-        """Whether steps on the last blocks may ask for the likeliest next token."""
+        """Whether steps on the last blocks may ask for the next token."""
         return self._loaded.logits is not None
 
     @property
@@ -181,13 +182,15 @@ class Engine:
         page_keys: bytes = b"",
         response_type: str = "hidden_states",
         rows: int = 0,
+        sampling: Sampling | None = None,
     ) -> StepResult:
         """Run hidden states [tokens, hidden], or token ids [tokens], from position `seq_pos` on.
 
         What the session held from there on is forgotten. `page_keys` name the pages that the step fills;
         token ids name them themselves. The answer is for the last `rows` of the tokens, or all if 0: hidden
         states [rows, hidden], or with the `response_type` token_ids the tokens [rows] that the model finds
-        likeliest after each. A step that is cancelled before it runs changes nothing.
+        likeliest after each. With `sampling` a token is sampled after the last one besides. A step that is
+        cancelled before it runs changes nothing.
 
         Raises:
             StepError: unknown session, a step of it that still runs, a gap before `seq_pos`, too many tokens,
@@ -195,14 +198,14 @@ class Engine:
             NoCapacity: more was promised than there is, and it is used up for the moment.
         """
         session = self._sessions.find_idle(session_id)
-        form = StepForm(seq_pos, data, shape, dtype, codec, response_type, rows)
+        form = StepForm(seq_pos, data, shape, dtype, codec, response_type, rows, samples=sampling is not None)
         ids = check_step(self._loaded, session, form, self.max_step_tokens)
         if self._sessions.keeps_prefixes:
             session.kv.expect(seq_pos, ids, page_keys)
         now, result = time.perf_counter(), Baton[StepResult]()
         brought, tokens = data if ids is None else ids, shape[0]
         step = PendingStep(session, seq_pos, tokens, brought, rows or tokens, now, result, since=now)
-        step.wants_tokens = response_type == "token_ids"
+        step.wants_tokens, step.sampling = response_type == "token_ids", sampling
         session.step = step
         if session is not self._stepping:
             self._stepping, self._alone_since = session, now

@@ -9,6 +9,7 @@ from swarm.baton import Baton
 from swarm.blocks.batch import DECODE_ROWS
 from swarm.blocks.kv import SessionKV
 from swarm.blocks.precision import WireForm
+from swarm.sampling import Sampling
 
 
 @dataclass(eq=False, slots=True)
@@ -46,8 +47,9 @@ class PendingStep:
     """A step that was admitted and has no result yet. Times in seconds of a monotonic clock.
 
     `data` are hidden states as they came, or token ids. The answer is for its last `asked` tokens: hidden
-    states, or the likeliest tokens if it wants these. `done` of its rows were run and gave `outputs`, as far
-    as those are asked for; `since` is when it began to wait for the next ones.
+    states, or the likeliest tokens if it wants these. With `sampling` a `token` is sampled besides. `done` of
+    its rows were run and gave `outputs`, as far as those are asked for; `since` is when it began to wait for
+    the next ones.
     """
 
     session: Session
@@ -58,6 +60,8 @@ class PendingStep:
     arrived: float
     result: "Baton[StepResult]"
     wants_tokens: bool = False
+    sampling: Sampling | None = None
+    token: int | None = None
     is_alone: bool = False
     done: int = 0
     since: float = 0.0
@@ -87,6 +91,7 @@ class PendingStep:
 class StepResult:
     """Hidden states after the span as wire bytes [rows, hidden], or token ids [rows], and the time they took.
 
+    `token` is what was sampled after the last row, None if that was not asked for.
     `compute_ms` is the sum of the three parts after the queue.
     """
 
@@ -98,6 +103,7 @@ class StepResult:
     deserialise_ms: float
     forward_ms: float
     serialise_ms: float
+    token: int | None = None
 
     @property
     def compute_ms(self) -> float:

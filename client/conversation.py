@@ -16,6 +16,7 @@ from torch import Tensor
 from swarm.client.session import Session
 from swarm.client.speculation import StepPace
 from swarm.errors import InputError, SwarmError
+from swarm.sampling import Sampling
 
 
 class OpenSession(Protocol):
@@ -93,6 +94,7 @@ class Conversation:
         self._session: Session | None = None
         self._turn = 0
         self._likeliest = False
+        self._sampling: Sampling | None = None
         self._lock = asyncio.Lock()
 
     @property
@@ -106,12 +108,14 @@ class Conversation:
         max_new_tokens: int,
         *,
         likeliest: bool = False,
+        sampling: Sampling | None = None,
         rows: int = 1,
         on_route: OnRoute = lambda session: None,
     ) -> Begun:
         """Start an answer: bring the hops to hold `prompt`, with room for the new tokens.
 
-        If the `likeliest` tokens are wanted, the last hop may choose them itself, in all steps of the answer.
+        If the `likeliest` tokens are wanted, the last hop may choose them itself, in all steps of the answer;
+        else it may go on with those that `sampling` chooses, which is then what the answer is made of.
         The outcome is that of the last `rows` tokens of the prompt; hidden states where there are several.
         `on_route` is told who computes the answer, until another one begins.
 
@@ -119,7 +123,7 @@ class Conversation:
             InputError: the prompt is empty or leaves no room in the model's context.
         """
         self._turn += 1
-        self._likeliest = likeliest and rows == 1
+        self._likeliest, self._sampling = likeliest and rows == 1, sampling
         turn = self._turn
         if not prompt:
             raise InputError("The prompt is empty.", "Say something to the model.")
@@ -133,7 +137,8 @@ class Conversation:
             session.tell_changes(partial(on_route, session))
             on_route(session)
             start = min(_common_prefix(prompt, session.tokens), len(prompt) - rows)
-            session.expects_rounds = self._likeliest and max_new_tokens > 1
+            is_foreseen = self._likeliest or sampling is not None
+            session.expects_rounds = is_foreseen and max_new_tokens > 1
             outcome = await self._bring(session, prompt, start, rows)
             return Begun(turn, session, outcome, start)
 
@@ -161,8 +166,8 @@ class Conversation:
     ) -> Outcome:
         """One decode step of `tokens` from position `seq_pos` on, forgetting what was there and after.
 
-        Gives an outcome for each token. Where hops choose tokens, they may go `rounds` further by themselves,
-        but not beyond a token of `ends`.
+        Gives an outcome for each token. Where hops can choose tokens, they may go `rounds` further by
+        themselves, but not beyond a token of `ends`.
 
         Raises:
             Superseded: another answer has begun since.
@@ -197,7 +202,9 @@ class Conversation:
         if self._likeliest and session.gives_token_ids:
             outcome = await session.next_tokens(tokens, seq_pos, embedded, rows, rounds=rounds, ends=ends)
         else:
-            outcome = await session.step(tokens, seq_pos, embedded, rows)
+            outcome = await session.step(
+                tokens, seq_pos, embedded, rows, rounds=rounds, ends=ends, sampling=self._sampling
+            )
         self.stepped += len(tokens)
         return outcome
 

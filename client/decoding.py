@@ -89,6 +89,7 @@ class Decoding:
         self._ends = ends
         self._compute = compute
         self._sampler = sampler
+        self._sampling = sampler.by_logits_alone
         self._new_drafter = drafter
         self._drafter: Drafter | None = None
         self._now = clock
@@ -114,7 +115,12 @@ class Decoding:
         whole = self._scoring is not None and self._scoring.of_prompt
         rows = len(prompt) if whole else 1
         begun = await self._conversation.begin(
-            prompt, max_new_tokens, likeliest=self._takes_likeliest, rows=rows, on_route=self._follow
+            prompt,
+            max_new_tokens,
+            likeliest=self._takes_likeliest,
+            sampling=self._sampling,
+            rows=rows,
+            on_route=self._follow,
         )
         self._turn, self.cached_tokens = begun.turn, begun.cached_tokens
         self.session.reset_times()
@@ -142,13 +148,22 @@ class Decoding:
 
     @property
     def _takes_likeliest(self) -> bool:
-        """Whether nothing but the likeliest tokens is wanted: hops that tell them can go on by themselves."""
-        return self._sampler.takes_likeliest and self._scoring is None
+        """Whether nothing but the likeliest tokens is wanted."""
+        sampling = self._sampling
+        return sampling is not None and sampling.is_greedy and self._scoring is None
+
+    @property
+    def _is_foreseen(self) -> bool:
+        """Whether hops can go on by themselves."""
+        sampling = None if self._takes_likeliest else self._sampling
+        return self._sampling is not None and self.session.goes_round(sampling)
 
     @property
     def _most_rounds(self) -> int:
         """How far hops may go by themselves: as far as they come in `ROUNDS_SECONDS`."""
         pace = self._conversation.pace
+        if self._sampling is None:
+            return 0
         if not pace.is_known:
             return FIRST_ROUNDS
         return int(ROUNDS_SECONDS / max(pace.plain, ROUNDS_SECONDS / MAX_ROUNDS))
@@ -202,7 +217,7 @@ class Decoding:
         pace = self._conversation.pace
         if self._drafter is None:
             return []
-        if self._takes_likeliest and self.session.goes_round and pace.round is None:
+        if self._is_foreseen and pace.round is None:
             return []  # the hops are to show first how fast they are by themselves
         odds = self._drafter.odds()[: max(most, 0)]
         count = draft_count(odds, pace, self._drafter.seconds_each)

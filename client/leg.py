@@ -122,8 +122,13 @@ class Pending:
 class Listener(Protocol):
     """Who is told what a leg hears, in the order it came."""
 
-    def on_result(self, leg: "Leg", answered: Pending, result: Wired, pushed: bool) -> None:
-        """What comes of it, the next step above all, goes out before this returns."""
+    def on_result(
+        self, leg: "Leg", answered: Pending, result: Wired, pushed: bool, token: int | None
+    ) -> None:
+        """What comes of it, the next step above all, goes out before this returns.
+
+        `token` is what it told last, or sampled.
+        """
         ...
 
     def on_refused(self, leg: "Leg", refused: Pending, fault: HopError) -> None: ...
@@ -431,7 +436,8 @@ class Leg:
         if pending.valid_end > pending.start:
             self.length = max(self.length, pending.valid_end)
         self.busy_since = None
-        self._listener.on_result(self, pending, wired, result.pushed)
+        token = body.cast("B").cast("I")[-1] if result.response_type == "token_ids" else result.token
+        self._listener.on_result(self, pending, wired, result.pushed, token)
         self._listener.on_times(self, pending.tokens, result.queue_ms, result.compute_ms)
         if seconds is not None:
             self._response_times.add(pending.tokens, seconds)

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 MAX_PENALTY = 2.0
 """Presence and frequency penalties lie between this and its negative, as those who defined them have it."""
 
-LEAST_TEMPERATURE = 1e-5
-"""Below it the likeliest token is taken: float32 could not hold logits divided by so little."""
-
 MAX_BIAS = 100.0
 """What is added to a token's logit at most: enough to force or to ban it."""
 
@@ -94,10 +91,6 @@ class SamplingOptions:
                 bias,
                 f"between {-MAX_BIAS:g} and {MAX_BIAS:g}",
             )
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature < LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from swarm.baton import Bell
 from swarm.client.faults import HopError, NoCapacity
 from swarm.client.inputs import Inputs, Wired
 from swarm.client.leg import Leg, Pending
-from swarm.client.rounds import Rounds, further_rounds, token_of, whole_rounds
+from swarm.client.rounds import Rounds, Told, further_rounds, whole_rounds
 from swarm.client.route import Hop
+from swarm.client.speculation import Acceptance
 from swarm.client.watch import Watch
 from swarm.errors import SwarmError
 from swarm.net.messages import Onward, ResponseType, Step
 from swarm.net.transport import PeerId
 from swarm.page_keys import PAGE_TOKENS
+from swarm.sampling import Sampling
 
 PREFILL_CHUNK = 128
 """Tokens a prefill step takes at most when there are several hops, so that they compute at the same time."""
@@ -37,6 +39,10 @@ MAX_ATTEMPTS = 100
 
 AHEAD = 12
 """Chunks that the first hop may be ahead of the last: what waits in between takes memory there."""
+
+
+LEAST_FORESIGHT = 0.5
+"""Hops go on by themselves while at least so many of the tokens they do it with are those that are wanted."""
 
 
 class HistoryLost(SwarmError):
@@ -61,7 +67,8 @@ class Observer(Protocol):
 class Wanted:
     """What is asked of the last hop: for the last `rows` tokens before `end`.
 
-    Where it tells one token, the hops may go `rounds` more by themselves, but none after a token of `ends`.
+    Where it tells one token, or can choose it by `sampling`, the hops may go `rounds` more by themselves, but
+    none after a token of `ends`.
     """
 
     end: int
@@ -69,6 +76,7 @@ class Wanted:
     response_type: ResponseType
     rounds: int = 0
     ends: tuple[int, ...] = ()
+    sampling: Sampling | None = None
 
 
 class Relay:
@@ -98,6 +106,7 @@ class Relay:
         self._wanted = Wanted(0, 0, "hidden_states")
         self._outcome: Wired | None = None
         self._rounds: Rounds | None = None
+        self._foresight = Acceptance(prior=1.0)
         self._bug: Exception | None = None
         self._doubts: dict[Leg, tuple[Pending, HopError]] = {}
 
@@ -110,14 +119,24 @@ class Relay:
             and all(leg.opened.goes_round for leg in self.legs)
         )
 
-    @property
-    def is_ring(self) -> bool:
-        """Whether the last hop is linked to the first, and all can go on by themselves."""
-        return self.legs[-1].onward is self.legs[0] and self.can_go_round
+    def is_ring(self, sampling: Sampling | None) -> bool:
+        """Whether all hops can go on by themselves, and the last one is linked to the first.
 
-    def is_on_its_way(self, token: int, position: int) -> bool:
-        """Whether the hops go on by themselves with that token at that position."""
-        return self._rounds is not None and self._rounds.is_on_its_way(token, position)
+        With the likeliest tokens, or with such as are chosen by `sampling`.
+        """
+        if self.legs[-1].onward is not self.legs[0] or not self.can_go_round:
+            return False
+        return sampling is None or self.legs[-1].opened.samples
+
+    def is_on_its_way(self, token: int, position: int, response_type: ResponseType) -> bool:
+        """Whether the hops go on by themselves with that token at that position, so answered."""
+        rounds = self._rounds
+        if rounds is None or rounds.response_type != response_type:
+            return False
+        expected = rounds.token(position)
+        if expected is not None:
+            self._foresight.learn(expected == token)
+        return expected == token
 
     def stop_rounds(self) -> None:
         """Let hops go on by themselves no further than to what they have told."""
@@ -199,7 +218,7 @@ class Relay:
         for leg in self.legs:
             leg.onward = None
 
-    def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool) -> None:
+    def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool, token: int | None) -> None:
         index = self.legs.index(leg)
         self._inputs.used(leg.block, answered.start, answered.end)
         is_last = index + 1 == len(self.legs)
@@ -208,7 +227,7 @@ class Relay:
         elif (answered.end, answered.step.rows, answered.step.response_type) == self._asked_of_last:
             self._outcome = result
         if is_last and self._rounds is not None and answered.number in self._rounds:
-            self._end_round(self._rounds, answered, result, pushed)
+            self._end_round(self._rounds, answered, Told(result, token), pushed)
         self._settle_doubts(answered.number)
         self._changed.set()
 
@@ -235,7 +254,7 @@ class Relay:
 
     def _heard(self) -> Wired | None:
         if self._outcome is None and self._rounds is not None:
-            return self._rounds.told(self._wanted.end)
+            return self._rounds.given(self._wanted.end)
         return self._outcome
 
     def _check(self) -> None:
@@ -262,13 +281,13 @@ class Relay:
         elif (pending := following.pending.get(answered.number)) is not None:
             pending.since = self._clock()
 
-    def _end_round(self, rounds: Rounds, answered: Pending, token: Wired, pushed: bool) -> None:
+    def _end_round(self, rounds: Rounds, answered: Pending, told: Told, pushed: bool) -> None:
         """The last hop has told a token, with which the first may begin another round."""
-        rounds.tell(answered.end, token)
+        rounds.tell(answered.end, told)
         if pushed:
             if (pending := self.legs[0].pending.get(answered.number + 1)) is not None:
                 pending.since = self._clock()
-        elif token_of(token) in answered.step.ends:
+        elif told.token in answered.step.ends:
             self.stop_rounds()
         elif rounds.goes_on_after(answered.end):
             self._break_edge(self.legs[-1])
@@ -383,7 +402,7 @@ class Relay:
         while self._goes_on(last, start, end):
             last += 1
         rounds = self._rounds_after(start, end) if last - index + 1 == len(self.legs) else 0
-        self._rounds = Rounds(self._number, end, rounds) if rounds else None
+        self._rounds = Rounds(self._number, end, rounds, self._wanted.response_type) if rounds else None
         then: tuple[Onward, ...] = ()
         for at in range(last, index - 1, -1):
             leg = self.legs[at]
@@ -399,10 +418,13 @@ class Relay:
     def _rounds_after(self, start: int, end: int) -> int:
         """How many rounds the hops may go by themselves once they have done the step of these positions."""
         wanted = self._wanted
-        is_told = wanted.rows == 1 and wanted.response_type == "token_ids"
-        if not (wanted.rounds and is_told and end == wanted.end and end - start == 1 and self.is_ring):
+        is_told = wanted.rows == 1 and (wanted.response_type == "token_ids" or wanted.sampling is not None)
+        if not (wanted.rounds and is_told and end == wanted.end and end - start == 1):
             return 0
-        if any(leg.is_leaving for leg in self.legs):
+        if not self.is_ring(wanted.sampling) or any(leg.is_leaving for leg in self.legs):
+            return 0
+        if self._foresight.rate < LEAST_FORESIGHT:
+            self._foresight.fade()
             return 0
         are_named = any(leg.chain is not None for leg in self.legs[1:])
         return whole_rounds(wanted.rounds, end) if are_named else wanted.rounds
@@ -434,6 +456,7 @@ class Relay:
             then=then,
             rounds=rounds,
             ends=self._wanted.ends if rounds else (),
+            sampling=self._wanted.sampling if rounds else None,
         )
 
     def _answer_of(self, index: int, end: int) -> tuple[int, ResponseType]:

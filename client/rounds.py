@@ -4,25 +4,35 @@ Owns which steps those are, and what they told that nobody has asked for yet. Mu
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from swarm.client.inputs import Wired
-from swarm.net.messages import Step
+from swarm.net.messages import ResponseType, Step
 from swarm.page_keys import PAGE_TOKENS
+
+
+class Told(NamedTuple):
+    """What a step gave, and the token with which the hops go on after it, if they do."""
+
+    given: Wired
+    token: int | None
 
 
 class Rounds:
     """`count` rounds after step `number`, which is brought to the hops and whose position is before `end`.
 
-    They take one position each: what a step before position p tells is the token at p.
+    They take one position each: what a step before position p tells is the token at p. All are answered with
+    `response_type`.
     """
 
-    def __init__(self, number: int, end: int, count: int):
+    def __init__(self, number: int, end: int, count: int, response_type: ResponseType):
+        self.response_type = response_type
         self._number = number
         self._end = end
         self._last = end + count
-        self._told: dict[int, Wired] = {}
+        self._told: dict[int, Told] = {}
         self._next = end
 
     @property
@@ -41,31 +51,30 @@ class Rounds:
         """Whether the step before `end` is one of them."""
         return self._end <= end <= self._last
 
-    def tell(self, end: int, token: Wired) -> None:
-        """The step before `end` has told `token`."""
-        self._told[end] = token
+    def tell(self, end: int, told: Told) -> None:
+        """The step before `end` has told that."""
+        self._told[end] = told
         self._next = end + 1
 
-    def told(self, end: int) -> Wired | None:
-        """What the step before `end` has told, if it has."""
-        return self._told.get(end)
+    def given(self, end: int) -> Wired | None:
+        """What the step before `end` gave, if it has told that."""
+        told = self._told.get(end)
+        return None if told is None else told.given
 
-    def is_on_its_way(self, token: int, position: int) -> bool:
-        """Whether the hops go on with that token at `position`. What was told before that is let go."""
+    def token(self, position: int) -> int | None:
+        """The token with which the hops go on at `position`, if they do and that was told.
+
+        What was told before is let go.
+        """
         told = self._told.get(position)
-        if told is None or position >= self._last or token_of(told) != token:
-            return False
-        self._told = {end: token for end, token in self._told.items() if end >= position}
-        return True
+        if told is None or position >= self._last:
+            return None
+        self._told = {end: told for end, told in self._told.items() if end >= position}
+        return told.token
 
     def stop(self) -> None:
         """There are no others than those that have told something."""
         self._last = self._next - 1
-
-
-def token_of(told: Wired) -> int:
-    """The token that a step for one row has told."""
-    return told.data.cast("B").cast("I")[0]
 
 
 def further_rounds(step: Step) -> Iterator[Step]:

@@ -1,29 +1,22 @@
-"""Choosing the next token from logits: greedy, or sampled as transformers' generate would.
+"""Choosing the next token of an answer, by its logits and by what has been said so far.
 
-The randomness of a token belongs to its position, not to the moment it is asked for: a position that is asked
-for again, or before it is certain, gives the same token for the same logits. So a draft is verified by
-comparing, and what is sampled does not depend on how many tokens a step verifies.
+A position that is asked for again, or before it is certain, gives the same token for the same logits. So a
+draft is verified by comparing, and what is sampled does not depend on how many tokens a step verifies.
 
-The logits processors are transformers' own, in the order its `generate` applies them, save where those take
-longer than a model's head does. Knows nothing of sessions or text.
+Knows nothing of sessions or text.
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-)
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+from swarm.blocks.choosing import choose
 from swarm.client.options import SamplingOptions
+from swarm.sampling import KEY_BYTES, MAX_TOP_K, Sampling
 
 
 class Constraint(Protocol):
@@ -35,40 +28,29 @@ class Constraint(Protocol):
 
 
 class Sampler:
-    """Chooses the tokens of one answer, with a random generator of its own."""
+    """Chooses the tokens of one answer."""
 
     def __init__(self, options: SamplingOptions, first: int = 0, constraint: Constraint | None = None):
         """`first` is the position of the answer's first token, as many as its prompt has tokens."""
         self._first = first
         self._constraint = constraint
         self._additions = _additions(options)
-        self._numbers: list[float] = []
-        """For each position of the answer in turn, where in [0, 1) of the distribution its token lies."""
-        self._options = options
-        self._processors = _processors(options)
-        self._random = torch.Generator()
-        if options.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(options.seed)
+        self._penalty: RepetitionPenaltyLogitsProcessor | None = None
+        if options.repetition_penalty != 1:
+            self._penalty = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+        self.sampling = _sampling(options)
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether it always chooses the likeliest token, whatever the tokens before."""
-        is_plain = not (self._processors or self._additions or self._constraint)
-        return self._options.is_greedy and is_plain
+    def by_logits_alone(self) -> Sampling | None:
+        """How it chooses if the tokens before do not matter; None if they do."""
+        hangs_on_tokens = self._additions or self._constraint or self._penalty
+        return None if hangs_on_tokens else self.sampling
 
     def choose(self, tokens: Sequence[int], logits: Tensor) -> int:
         """The token after `tokens`, prompt included, for float32 logits [vocabulary]."""
-        logits = self._restricted(tokens, logits)
-        if self._processors:
-            read = tokens if self._options.repetition_penalty != 1 else []
-            logits = self._processors(torch.LongTensor([list(read)]), logits[None])[0]
-        if self._options.is_greedy:
-            return int(logits.numpy().argmax())
-        return _inverted(logits.softmax(-1), self._number(len(tokens) - self._first))
+        return choose(self.adjusted(tokens, logits), self.sampling, len(tokens))
 
-    def _restricted(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
+    def adjusted(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
         """`logits` [vocabulary] with what is added to them, and minus infinity for what may not come."""
         if self._additions or self._constraint:
             answer = tokens[self._first :]
@@ -76,34 +58,17 @@ class Sampler:
                 logits = addition(answer, logits)
             if self._constraint is not None:
                 logits = logits.masked_fill(~self._constraint.allowed(answer)[: len(logits)], -torch.inf)
+        if self._penalty is not None:
+            logits = self._penalty(torch.LongTensor([list(tokens)]), logits[None])[0]
         return logits
 
-    def _number(self, at: int) -> float:
-        """The number of the answer's token `at`; drawn in order, whatever the order they are asked for in."""
-        while len(self._numbers) <= at:
-            self._numbers.append(float(torch.rand(1, dtype=torch.float64, generator=self._random)))
-        return self._numbers[at]
 
-
-def _inverted(probabilities: Tensor, number: float) -> int:
-    """The token of [vocabulary] at `number` of [0, 1): torch.multinomial would take 30 times as long."""
-    reached = probabilities.cumsum(-1, dtype=torch.float64)
-    return int(torch.searchsorted(reached, number * reached[-1], right=True))
-
-
-class _TopP(LogitsProcessor):
-    """Keeps the likeliest tokens that make up `top_p`, as transformers does, but sorted by numpy: faster."""
-
-    def __init__(self, top_p: float):
-        self._rest = 1 - top_p
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores` [1, vocabulary] with minus infinity for what is left out."""
-        probabilities = scores[0].softmax(-1)
-        ascending = np.sort(probabilities.numpy())
-        unlikely = int((ascending.cumsum() <= self._rest).sum())
-        least = float(ascending[min(unlikely, len(ascending) - 1)])
-        return scores.masked_fill(probabilities < least, -torch.inf)  # type: ignore[return-value]
+def _sampling(options: SamplingOptions) -> Sampling:
+    key = secrets.token_bytes(KEY_BYTES)
+    if options.seed is not None:
+        key = options.seed.to_bytes(KEY_BYTES, "little")
+    top_k = None if options.top_k is None else min(options.top_k, MAX_TOP_K)
+    return Sampling(float(options.temperature), top_k, options.top_p, options.min_p, key)
 
 
 class Addition(Protocol):
@@ -147,20 +112,3 @@ def _additions(options: SamplingOptions) -> list[Addition]:
     if options.presence_penalty or options.frequency_penalty:
         additions.append(_Penalties(options.presence_penalty, options.frequency_penalty))
     return additions
-
-
-def _processors(options: SamplingOptions) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if options.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
-    if options.is_greedy:
-        return processors
-    if options.temperature != 1:
-        processors.append(TemperatureLogitsWarper(float(options.temperature)))
-    if options.top_k is not None:
-        processors.append(TopKLogitsWarper(options.top_k))
-    if options.top_p is not None and options.top_p < 1:
-        processors.append(_TopP(options.top_p))
-    if options.min_p is not None:
-        processors.append(MinPLogitsWarper(options.min_p))
-    return processors

@@ -29,6 +29,7 @@ from swarm.errors import SwarmError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net.messages import MAX_ENDS, ResponseType
 from swarm.net.transport import PeerId
+from swarm.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,9 @@ class Session:
         """Whether the last hop tells the likeliest next tokens itself."""
         return self._relay.legs[-1].opened.gives_token_ids
 
-    @property
-    def goes_round(self) -> bool:
-        """Whether the hops are ready to go on by themselves."""
-        return self._relay.is_ring
+    def goes_round(self, sampling: Sampling | None = None) -> bool:
+        """Whether the hops are ready to go on by themselves: with the likeliest tokens, or by `sampling`."""
+        return self._relay.is_ring(sampling)
 
     @property
     def max_step_tokens(self) -> int:
@@ -150,11 +150,23 @@ class Session:
         return self._inputs.bytes
 
     async def step(
-        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None, rows: int = 1
+        self,
+        tokens: Sequence[int],
+        seq_pos: int,
+        hidden: Tensor | None = None,
+        rows: int = 1,
+        *,
+        rounds: int = 0,
+        ends: Sequence[int] = (),
+        sampling: Sampling | None = None,
     ) -> Tensor:
         """Run `tokens` from position `seq_pos` on through all hops, forgetting what was there and after.
 
         `hidden` is what they embed to, [tokens, hidden]; it may be left out where `takes_token_ids`.
+
+        After one token for one row the hops may go `rounds` further by themselves, each with the token that
+        `sampling` chooses, but not beyond one of `ends`: who goes on with the same ones soon has what they
+        give.
 
         Returns:
             Hidden states [rows, hidden] of the last `rows` tokens as the last hop gave them.
@@ -163,7 +175,8 @@ class Session:
             SwarmError: a hop was lost for which there is no other; the session has ended.
             ValueError: the session has ended before, or the positions do not fit it.
         """
-        return from_wire(*await self._run(tokens, seq_pos, hidden, rows, "hidden_states"))
+        answer = await self._run(tokens, seq_pos, hidden, rows, "hidden_states", rounds, ends, sampling)
+        return from_wire(*answer)
 
     async def next_tokens(
         self,
@@ -177,10 +190,9 @@ class Session:
     ) -> list[int]:
         """`step`, answered by the last hop with the likeliest token after each row, if `gives_token_ids`.
 
-        After one token for one row the hops may go `rounds` further by themselves, but not beyond a token of
-        `ends`: who goes on with the likeliest tokens, one by one, soon has them.
+        It is with these that hops may go further `rounds` by themselves.
         """
-        answer = await self._run(tokens, seq_pos, hidden, rows, "token_ids", rounds, tuple(ends[:MAX_ENDS]))
+        answer = await self._run(tokens, seq_pos, hidden, rows, "token_ids", rounds, ends)
         if answer.dtype != "uint32":  # another hop has taken the place of the one that told tokens
             return await self._environment.likeliest(from_wire(*answer))
         return list(answer.data.cast("B").cast("I"))
@@ -251,12 +263,13 @@ class Session:
         rows: int,
         response_type: ResponseType,
         rounds: int = 0,
-        ends: tuple[int, ...] = (),
+        ends: Sequence[int] = (),
+        sampling: Sampling | None = None,
     ) -> Wired:
         async with self._busy:
             self._check(tokens, seq_pos, hidden, rows)
             with self._ending_on_failure():
-                self.went_round = response_type == "token_ids" and self._is_on_its_way(tokens, seq_pos)
+                self.went_round = self._is_on_its_way(tokens, seq_pos, response_type)
                 if not self.went_round:
                     self._relay.stop_rounds()
                     await self._recovery.move(self._asked_now)
@@ -267,7 +280,8 @@ class Session:
                 if rounds or self.expects_rounds:
                     self._recovery.go_round()
                 rounds = min(rounds, self.max_tokens - len(self._tokens))
-                wanted = Wanted(len(self._tokens), rows, response_type, rounds, ends)
+                last = tuple(ends[:MAX_ENDS])
+                wanted = Wanted(len(self._tokens), rows, response_type, rounds, last, sampling)
                 while True:
                     try:
                         answer = await self._relay.bring(wanted)
@@ -282,12 +296,12 @@ class Session:
                         await self._scrutiny.look(self._relay.legs, self._tokens)
                 return answer
 
-    def _is_on_its_way(self, tokens: Sequence[int], seq_pos: int) -> bool:
+    def _is_on_its_way(self, tokens: Sequence[int], seq_pos: int, response_type: ResponseType) -> bool:
         """Whether the hops go on with these tokens by themselves, and may: none of them leaves."""
         is_next = len(tokens) == 1 and seq_pos == len(self._tokens)
         if not is_next or any(leg.is_leaving for leg in self._relay.legs):
             return False
-        return self._relay.is_on_its_way(tokens[0], seq_pos)
+        return self._relay.is_on_its_way(tokens[0], seq_pos, response_type)
 
     def _keep_given(self, seq_pos: int, hidden: Tensor) -> None:
         first = self._relay.legs[0]

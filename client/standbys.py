@@ -112,7 +112,7 @@ class Standbys:
         for leg in list(self._of):
             self._drop(leg)
 
-    def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool) -> None:
+    def on_result(self, leg: Leg, answered: Pending, result: Wired, pushed: bool, token: int | None) -> None:
         raise AssertionError("a standby is asked no steps")
 
     def on_refused(self, leg: Leg, refused: Pending, fault: HopError) -> None:

@@ -11,6 +11,7 @@ from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net.forms import Codec, Dtype, Wire
 from swarm.net.messages import Priority, ResponseType
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS
+from swarm.sampling import Sampling
 from swarm.server.span_engine import BatchReport
 from swarm.spans import Span
 
@@ -45,6 +46,7 @@ class FakeResult:
     deserialise_ms: float = 0.5
     forward_ms: float = 1.0
     serialise_ms: float = 0.5
+    token: int | None = None
 
 
 @dataclass
@@ -134,6 +136,7 @@ class FakeEngine:
         page_keys: bytes = b"",
         response_type: ResponseType = "hidden_states",
         rows: int = 0,
+        sampling: Sampling | None = None,
     ) -> FakeResult:
         failure, self.failure = self.failure, None
         if failure is not None:
@@ -158,7 +161,8 @@ class FakeEngine:
             return FakeResult(to_wire(ids, "uint32"), tuple(ids.shape), "uint32")
         form = self.wire_form(self.wires.get(session_id, "exact"))
         given = to_wire(answer, form.wire_dtype, form.codec)
-        return FakeResult(given, tuple(answer.shape), form.wire_dtype, form.codec)
+        token = None if sampling is None else int(answer[-1].amax())
+        return FakeResult(given, tuple(answer.shape), form.wire_dtype, form.codec, token=token)
 
     def kv_bytes(self, session_id: str, tokens: int) -> int:
         self._check_open(session_id)

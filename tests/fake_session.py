@@ -21,6 +21,7 @@ from swarm.client.generation import Generation, TextStream
 from swarm.client.leg import HopTimes
 from swarm.client.options import GenerationOptions
 from swarm.client.route import Hop
+from swarm.sampling import Sampling
 
 VOCABULARY = 12
 EOS = 11
@@ -71,7 +72,6 @@ class FakeSession:
     takes_token_ids: bool = True
     gives_token_ids: bool = True
     is_open: bool = True
-    goes_round: bool = False
     went_round: bool = False
     expects_rounds: bool = False
     recoveries: int = 0
@@ -82,8 +82,19 @@ class FakeSession:
     tokens: list[int] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
 
+    def goes_round(self, sampling: Sampling | None = None) -> bool:
+        return False
+
     async def step(
-        self, tokens: Sequence[int], seq_pos: int, hidden: Tensor | None = None, rows: int = 1
+        self,
+        tokens: Sequence[int],
+        seq_pos: int,
+        hidden: Tensor | None = None,
+        rows: int = 1,
+        *,
+        rounds: int = 0,
+        ends: Sequence[int] = (),
+        sampling: Sampling | None = None,
     ) -> Tensor:
         end = seq_pos + len(tokens)
         assert self.is_open

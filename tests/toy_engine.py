@@ -7,20 +7,24 @@ sequence as they do. Whatever does not fit is noted in `complaints` besides bein
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from swarm.blocks.choosing import choose
 from swarm.blocks.errors import NoCapacity, StepError
 from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net.forms import Codec, Dtype, Wire
 from swarm.net.messages import Error, Priority, ResponseType
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS, page_keys, split_keys
+from swarm.sampling import Sampling
 from swarm.server.span_engine import BatchReport
 from swarm.spans import Span
 
+NUM_BLOCKS = 6
 HIDDEN = 4
+VOCABULARY = 257
 EVERYBODY = ""
 
 NextToken = Callable[[int, int], int]
@@ -31,6 +35,13 @@ def embedded(ids: np.ndarray) -> np.ndarray:
     """Tokens [count] as the hidden states [count, HIDDEN] that block 0 takes."""
     zeros, ones = np.zeros(len(ids), np.float32), np.ones(len(ids), np.float32)
     return np.stack([ids.astype(np.float32), zeros, ids.astype(np.float32), ones], axis=1)
+
+
+def logits_of(token: int) -> torch.Tensor:
+    """Logits [VOCABULARY] that are for that next token."""
+    logits = torch.zeros(VOCABULARY)
+    logits[token] = 10.0
+    return logits
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class ToyOutcome:
     deserialise_ms: float = 0.5
     forward_ms: float = 1.0
     serialise_ms: float = 0.5
+    token: int | None = None
 
 
 @dataclass
@@ -139,7 +151,7 @@ class ToyEngine:
 
     @property
     def gives_token_ids(self) -> bool:
-        return self._script.tells is not None
+        return self._script.tells is not None and self.span.end == NUM_BLOCKS
 
     @property
     def can_hand_over(self) -> bool:
@@ -200,6 +212,7 @@ class ToyEngine:
         page_keys: bytes = b"",
         response_type: ResponseType = "hidden_states",
         rows: int = 0,
+        sampling: Sampling | None = None,
     ) -> ToyOutcome:
         session = self._idle(session_id)
         self._script.steps.append((seq_pos, shape[0]))
@@ -220,7 +233,8 @@ class ToyEngine:
             hidden = self._script.spoil(hidden)
         else:
             self._keep(session, seq_pos, shape[0], page_keys, brings_ids=dtype == "uint32")
-        return self._outcome(session, hidden[-rows:], response_type)
+        outcome = self._outcome(session, hidden[-rows:], response_type)
+        return outcome if sampling is None else replace(outcome, token=self._sampled(hidden[-1], sampling))
 
     def close_session(self, session_id: str) -> None:
         self.sessions.pop(session_id, None)
@@ -331,6 +345,14 @@ class ToyEngine:
         else:
             data = to_wire(torch.from_numpy(hidden), form.wire_dtype, form.codec)
         return ToyOutcome(data, shape, form.wire_dtype, form.codec)
+
+    def _sampled(self, last: np.ndarray, sampling: Sampling) -> int:
+        """The token after a sequence that ends with a hidden state [HIDDEN], as a client chooses it."""
+        assert self._script.tells is not None, "tokens are asked of who said that it tells them"
+        if not np.isfinite(last).all():
+            raise StepError("internal", "The model gave no numbers.")
+        _, _, total, count = last.tolist()
+        return choose(logits_of(self._script.tells(int(total), int(count))), sampling, int(count))
 
 
 def as_raised(error: Error) -> NoCapacity | StepError:

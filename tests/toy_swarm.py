@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from swarm.client.facade import PAGE_SECRET, Swarm
+from swarm.client.options import SamplingOptions
+from swarm.client.sampling import Sampler
 from swarm.dht.announcement import Announcement, ModelEntry, Throughput
 from swarm.dht.announcer import Announcer
 from swarm.dht.memory import MemoryStore
@@ -31,11 +33,12 @@ from swarm.server.cell import OnProgress, ShardCell
 from swarm.server.metrics import Metrics
 from swarm.server.sessions import Sessions
 from swarm.spans import Span
-from tests.toy_engine import HIDDEN, NextToken, Script, ToyEngine, embedded
+from tests.toy_engine import HIDDEN, NUM_BLOCKS, NextToken, Script, ToyEngine, embedded, logits_of
 
 EOS = 256
-NUM_BLOCKS = 6
 MODEL_ID = "toy-0123"
+
+GREEDY = SamplingOptions()
 
 Wrap: TypeAlias = Callable[[Transport], Transport]
 """Puts something between a peer and its network."""
@@ -95,17 +98,16 @@ class ToyEnds:
         return torch.from_numpy(embedded(ids.numpy()))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        scores = torch.zeros(len(hidden), 257)
-        for row, (_, blocks, total, count) in enumerate(hidden.int().tolist()):
-            assert blocks == NUM_BLOCKS, "each block must run each token once"
-            scores[row, self.next_token(total, count)] = 10.0
-        return scores
+        assert (hidden[:, 1] == NUM_BLOCKS).all(), "each block must run each token once"
+        totals = hidden[:, 2:].int().tolist()
+        return torch.stack([logits_of(self.next_token(*total)) for total in totals])
 
-    def expected(self, prompt: Sequence[int], count: int) -> list[int]:
-        """What a greedy answer of `count` tokens must be."""
-        tokens = list(prompt)
+    def expected(self, prompt: Sequence[int], count: int, options: SamplingOptions = GREEDY) -> list[int]:
+        """What an answer of `count` tokens must be."""
+        tokens, sampler = list(prompt), Sampler(options, first=len(prompt))
         for _ in range(count):
-            tokens.append(self.next_token(sum(tokens), len(tokens)))
+            logits = logits_of(self.next_token(sum(tokens), len(tokens)))
+            tokens.append(sampler.choose(tokens, logits))
         return tokens[len(prompt) :]
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from swarm.client.conversation import Conversation
 from swarm.client.generation import Generation
-from swarm.client.options import GenerationOptions
+from swarm.client.options import GenerationOptions, SamplingOptions
 from swarm.errors import SwarmError
 from swarm.spans import Span
 from tests.faulty import Faults
-from tests.toy_swarm import Toy, letters, toy_swarm
+from tests.toy_swarm import GREEDY, Toy, letters, toy_swarm
 
 THREE = {"a": Span(0, 2), "b": Span(2, 4), "c": Span(4, 6)}
 SIX = {**THREE, "a2": Span(0, 2), "b2": Span(2, 4), "c2": Span(4, 6)}
@@ -21,6 +21,9 @@ SWARMS = (SIX, CROSSED, {**THREE, "all": Span(0, 6), "most": Span(0, 5)})
 
 PROMPT = [65 + at % 26 for at in range(80)]
 """Three steps for hops that take 32 tokens at a time."""
+
+SAMPLED = SamplingOptions(temperature=2.0, top_p=0.95, seed=5)
+"""The likeliest token is one of three that come."""
 
 COUNT = 12
 LATENCY = 0.010
@@ -68,24 +71,30 @@ async def answer(
     conversation: Conversation | None = None,
     *,
     speculate: bool = True,
+    sampling: SamplingOptions = GREEDY,
 ) -> Generation:
     """The answer to `prompt`, which must be that of an undisturbed run.
 
     Without drafts hops go by themselves wherever they can.
     """
-    options = GenerationOptions(max_new_tokens=count, ignore_eos=True, speculate=speculate)
+    options = GenerationOptions(count, sampling, ignore_eos=True, speculate=speculate)
     async with asyncio.timeout(DEADLINE):
         found = await toy.swarm.stream_tokens(prompt, options, conversation).result()
-    assert list(found.token_ids) == toy.ends.expected(prompt, count)
+    assert list(found.token_ids) == toy.ends.expected(prompt, count, sampling)
     return found
 
 
 async def answer_or_error(
-    toy: Toy, prompt: Sequence[int] = PROMPT, count: int = COUNT, *, speculate: bool = True
+    toy: Toy,
+    prompt: Sequence[int] = PROMPT,
+    count: int = COUNT,
+    *,
+    speculate: bool = True,
+    sampling: SamplingOptions = GREEDY,
 ) -> bool:
     """Whether there was an answer, an exact one; an error for people is the other end that it may have."""
     try:
-        await answer(toy, prompt, count, speculate=speculate)
+        await answer(toy, prompt, count, speculate=speculate, sampling=sampling)
     except SwarmError:
         return False
     return True

@@ -24,6 +24,7 @@ from swarm.net.forms import Codec, Dtype, Wire, tensor_bytes
 from swarm.net.transport import FrameError
 from swarm.net.vouchers import MAX_VOUCHER_BYTES
 from swarm.page_keys import KEY_BYTES
+from swarm.sampling import Sampling
 
 SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Position = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -176,7 +177,7 @@ class Opened(Message, frozen=True, tag="opened"):
     It holds its first `held` tokens already, and its first step may begin anywhere up to there. Steps may
     bring token ids instead of hidden states if `takes_token_ids`, and ask for some if `gives_token_ids`. The
     hop `vouches` for what it gives. It `mirrors`: it knows standbys, and can give and take copies of
-    sessions. It `goes_round`: it knows the `rounds` of steps.
+    sessions. It `goes_round`: it knows the `rounds` of steps. It `samples`: it knows their `sampling`.
     """
 
     session_id: SessionId
@@ -189,6 +190,7 @@ class Opened(Message, frozen=True, tag="opened"):
     vouches: bool = False
     mirrors: bool = False
     goes_round: bool = False
+    samples: bool = False
 
 
 class Onward(msgspec.Struct, frozen=True, array_like=True):
@@ -213,7 +215,8 @@ class Step(Message, frozen=True, tag="step"):
 
     After the last hop's token, which is linked to the first, so many `rounds` follow that the hops go by
     themselves: each with the token that was told last, its `number` one higher, asked of every hop as this
-    one was. None follows a token of `ends`.
+    one was. None follows a token of `ends`. With `sampling` the last hop is asked for hidden states, and goes
+    on with the token that it samples so.
     """
 
     session_id: SessionId
@@ -229,11 +232,13 @@ class Step(Message, frozen=True, tag="step"):
     then: Annotated[tuple[Onward, ...], msgspec.Meta(max_length=MAX_HOPS)] = ()
     rounds: Rounds = 0
     ends: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_ENDS)] = ()
+    sampling: Sampling | None = None
 
 
 class Result(Message, frozen=True, tag="result"):
     """What a step gave, and where its time on the hop went. `pushed`: the linked hop was sent it too.
 
+    `token` is what the hop has sampled after it, if it was asked to, and what another round begins with.
     The `vouchers` are for rows that were given up to here, each for some dozens.
     """
 
@@ -247,6 +252,7 @@ class Result(Message, frozen=True, tag="result"):
     queue_ms: Milliseconds = 0.0
     compute_ms: Milliseconds = 0.0
     pushed: bool = False
+    token: TokenId | None = None
     vouchers: Annotated[tuple[PackedVoucher, ...], msgspec.Meta(max_length=2)] = ()
 
 

@@ -60,6 +60,11 @@ class Terms:
     is_standby: bool = False
     length: int = 0
 
+    def samples(self, step: Step) -> bool:
+        """Whether a token is to be sampled after the step, with which another round begins."""
+        is_asked = step.sampling is not None and step.rounds > 0 and step.response_type == "hidden_states"
+        return is_asked and self.gives_token_ids
+
     @property
     def body_limit(self) -> int:
         """Bytes that the body of one step may have at most."""
@@ -113,7 +118,10 @@ def _fault_of_form(step: Step, body: int, terms: Terms) -> str | None:
         return "This session gives hidden states only: apply the head on the client."
     if step.rows > step.shape[0]:
         return f"A step of {step.shape[0]} tokens has no {step.rows} of them to answer for."
-    if step.response_type == "hidden_states":
+    if terms.samples(step):
+        if (step.rows or step.shape[0]) != 1:
+            return "Another round begins with one token."
+    elif step.response_type == "hidden_states":
         if step.then and step.rows:
             return "What goes on to the next hop are the hidden states of all tokens."
         if step.rounds and not step.then:

@@ -303,17 +303,18 @@ class Hosted:
             page_keys=step.page_keys,
             response_type=step.response_type,
             rows=step.rows,
+            sampling=step.sampling if self.terms.samples(step) else None,
         )
 
     def _push(self, step: Step, done: StepOutcome) -> bool:
         """Pass the result on, if it is to go on and can; whether it does."""
-        onward = going_on(step, done)
-        if onward is None:
+        if (asked := going_on(step, done)) is None:
             return False
+        onward, body = asked
         if onward.session_id == step.session_id:  # this hop runs all blocks
-            return self.takes(onward, done.data, is_fed=True)
+            return self.takes(onward, body, is_fed=True)
         if self._onward is not None and self._onward.leads_to(onward):
-            self._onward.push(onward, done.data)
+            self._onward.push(onward, body)
             return True
         return False
 
@@ -336,6 +337,7 @@ class Hosted:
             queue_ms=done.queue_ms,
             compute_ms=done.compute_ms,
             pushed=is_pushed,
+            token=done.token,
             vouchers=vouchers,
         )
         self._outbox.put(result, done.data)

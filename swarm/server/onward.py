@@ -14,7 +14,7 @@ from swarm.kernels.codecs import from_wire, to_wire
 from swarm.net import messages
 from swarm.net.calls import MessageStream
 from swarm.net.forms import FORMS
-from swarm.net.messages import Feed, PayloadType, Step
+from swarm.net.messages import Feed, Step
 from swarm.net.outbox import Outbox
 from swarm.net.transport import FrameError, PeerId, StreamClosed, Transport
 from swarm.server.span_engine import StepOutcome
@@ -27,43 +27,47 @@ TOKENS = "uint32", "raw"
 """As what a last hop's tokens go on, with which it begins further rounds."""
 
 
-def going_on(step: Step, done: StepOutcome) -> Step | None:
-    """What is asked of the next hop, given what `step` has `done`; None where the step ends here."""
-    if not step.rounds:
-        return _asked_next(step, done, step.number, step.seq_pos, step.then, 0) if step.then else None
-    then = *step.then, messages.Onward(step.session_id, step.response_type, step.rows, b"")
-    if step.response_type == "hidden_states":
-        return _asked_next(step, done, step.number, step.seq_pos, then, step.rounds)
-    if done.data.cast("B").cast("I")[0] in step.ends:
+def going_on(step: Step, done: StepOutcome) -> tuple[Step, memoryview] | None:
+    """What the next hop is asked, and brought, given what `step` has `done`; None if the step ends here."""
+    if not step.rounds and not step.then:
         return None
-    return _asked_next(step, done, step.number + 1, step.seq_pos + step.shape[0], then, step.rounds - 1)
-
-
-def _asked_next(
-    step: Step,
-    done: StepOutcome,
-    number: int,
-    seq_pos: int,
-    then: tuple[messages.Onward, ...],
-    rounds: int,
-) -> Step:
+    then = step.then
+    if step.rounds:
+        then = *then, messages.Onward(step.session_id, step.response_type, step.rows, b"")
     first = then[0]
-    kind: PayloadType = "token_ids" if done.dtype == "uint32" else "hidden_states"
-    return Step(
+    asked = msgspec.structs.replace(
+        step,
         session_id=first.session_id,
-        number=number,
-        seq_pos=seq_pos,
-        payload_type=kind,
         response_type=first.response_type,
-        shape=done.shape,
-        dtype=done.dtype,
-        codec=done.codec,
         page_keys=first.page_keys,
         rows=first.rows,
         then=then[1:],
-        rounds=rounds,
-        ends=step.ends,
     )
+    token = _told(step, done)
+    if token is None:
+        form = {"shape": done.shape, "dtype": done.dtype, "codec": done.codec}
+        return msgspec.structs.replace(asked, payload_type="hidden_states", **form), done.data
+    if token in step.ends:
+        return None
+    begun = msgspec.structs.replace(
+        asked,
+        number=step.number + 1,
+        seq_pos=step.seq_pos + step.shape[0],
+        rounds=step.rounds - 1,
+        payload_type="token_ids",
+        shape=(1,),
+        dtype="uint32",
+        codec="raw",
+    )
+    return begun, memoryview(token.to_bytes(4, "little"))
+
+
+def _told(step: Step, done: StepOutcome) -> int | None:
+    """The token with which another round begins, as this hop is the last."""
+    if step.response_type == "token_ids":
+        token: int = done.data.cast("B").cast("I")[0]
+        return token
+    return done.token
 
 
 class Onward:

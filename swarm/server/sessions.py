@@ -338,6 +338,7 @@ class Sessions:
             vouches=vouching is not None,
             mirrors=engine.can_hand_over,
             goes_round=True,
+            samples=terms.gives_token_ids,
         )
 
     def _on_probe(self, seat: Seat, asked: Probe) -> Error | None:

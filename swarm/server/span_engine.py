@@ -8,13 +8,15 @@ from typing import Protocol
 
 from swarm.net.forms import Codec, Dtype, Wire
 from swarm.net.messages import Priority, ResponseType
+from swarm.sampling import Sampling
 from swarm.spans import Span
 
 
 class StepOutcome(Protocol):
     """What an engine's step gives: raw little-endian values, and where the milliseconds went.
 
-    `compute_ms` is what the hop worked on it, in three parts: `deserialise_ms`, `forward_ms`, `serialise_ms`.
+    `token` is what was sampled after the last row. `compute_ms` is what the hop worked on it, in three parts:
+    `deserialise_ms`, `forward_ms`, `serialise_ms`.
     """
 
     @property
@@ -25,6 +27,8 @@ class StepOutcome(Protocol):
     def dtype(self) -> Dtype: ...
     @property
     def codec(self) -> Codec: ...
+    @property
+    def token(self) -> int | None: ...
     @property
     def queue_ms(self) -> float: ...
     @property
@@ -145,12 +149,13 @@ class SpanEngine(Protocol):
         page_keys: bytes = b"",
         response_type: ResponseType = "hidden_states",
         rows: int = 0,
+        sampling: Sampling | None = None,
     ) -> StepOutcome:
         """Run hidden states [tokens, hidden], or ids [tokens] where `dtype` is uint32, from `seq_pos` on.
 
         `page_keys` name the pages that it fills. The answer is for the last `rows` tokens, or all if 0:
         hidden states [rows, hidden], or with token_ids as `response_type` the likeliest token after each,
-        [rows]. Raises NoCapacity, StepError.
+        [rows]. With `sampling` a token is sampled after the last one besides. Raises NoCapacity, StepError.
         """
         ...
 

@@ -63,7 +63,7 @@ def essence(answer: Generation) -> tuple[Any, ...]:
 @in_virtual_time
 async def test_answers_are_the_same_with_and_without(choice: dict[str, Any], drafter: Any) -> None:
     drafted = accepted = 0
-    for seed in range(4):
+    for seed in range(8):
         options: Any = {"seed": seed, "max_new_tokens": 25, **choice}
         ends = FakeEnds(seed, sharpness=3.0, eos=-0.2)
         more = {"drafter": drafter} if drafter else {}
@@ -87,7 +87,7 @@ async def test_answers_are_the_same_with_and_without(choice: dict[str, Any], dra
 async def test_ends_of_all_kinds_fall_within_accepted_drafts() -> None:
     """End-of-text, stop strings and the last token allowed are each met behind an accepted draft."""
     ended: Counter[str] = Counter()
-    for seed, choice in product(range(30), ({}, {"stop": ["fa", "bc", "ed"]}, {"max_new_tokens": 9})):
+    for seed, choice in product(range(90), ({}, {"stop": ["fa", "bc", "ed"]}, {"max_new_tokens": 9})):
         async with talk(FakeEnds(seed, sharpness=2.0, eos=0.0)) as quick:
             options: Any = {"temperature": 0.8, "seed": seed, "max_new_tokens": 60, **choice}
             answer = await quick.answer(PROMPT, generation_options(options), drafter=Guesses)

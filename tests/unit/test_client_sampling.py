@@ -1,22 +1,41 @@
 """Sampling: the same distribution as transformers' generate, seeds, and refused values."""
 
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from swarm.blocks.choosing import choose, processed
 from swarm.client.options import GenerationOptions, SamplingOptions, generation_options
 from swarm.client.sampling import Sampler
 from swarm.errors import InputError
+from swarm.sampling import Sampling
 from tests.tiny import tiny_model
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
 
+class Anything:
+    """A constraint that allows all."""
+
+    def allowed(self, tokens: Sequence[int]) -> torch.Tensor:
+        return torch.ones(len(LOGITS), dtype=torch.bool)
+
+
 def drawn(sampler: Sampler, logits: torch.Tensor, draws: int) -> list[int]:
     """One token for each of the first `draws` positions."""
     return [sampler.choose([5] * at, logits.clone()) for at in range(draws)]
+
+
+def scores(options: SamplingOptions, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """Logits [vocabulary] as tokens are sampled by them."""
+    sampler = Sampler(options)
+    return processed(sampler.adjusted(tokens, logits), sampler.sampling)
 
 
 def seen(options: SamplingOptions, draws: int = 300) -> set[int]:
@@ -57,8 +76,8 @@ def test_what_is_left_out_is_never_drawn() -> None:
 def test_top_p_leaves_out_what_transformers_does(top_p: float) -> None:
     logits = 3 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(3))
     theirs = TopPLogitsWarper(top_p)(None, logits)
-    ours = Sampler(SamplingOptions(temperature=1.0, top_p=top_p))._processors(torch.LongTensor([[]]), logits)
-    assert torch.equal(ours, theirs)
+    ours = scores(SamplingOptions(temperature=1.0, top_p=top_p), [], logits[0])
+    assert torch.equal(ours, theirs[0])
 
 
 def test_repetition_penalty_sees_the_prompt() -> None:
@@ -79,10 +98,43 @@ def test_a_bias_forces_and_bans() -> None:
     assert seen(banned) == {1, 3, 4, 5}
 
 
-def test_what_reads_logits_is_not_left_to_the_last_hop() -> None:
-    assert Sampler(SamplingOptions()).takes_likeliest
-    for options in ({"presence_penalty": 1.0}, {"frequency_penalty": -1.0}, {"logit_bias": {1: 1.0}}):
-        assert not Sampler(SamplingOptions(**options)).takes_likeliest
+def test_what_reads_the_tokens_before_is_not_left_to_the_last_hop() -> None:
+    for plain in ({}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": 3}):
+        assert Sampler(SamplingOptions(**plain)).by_logits_alone is not None
+    for name, value in {
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1.0,
+        "repetition_penalty": 1.1,
+        "logit_bias": {1: 1.0},
+    }.items():
+        assert Sampler(SamplingOptions(**{name: value})).by_logits_alone is None
+    assert Sampler(SamplingOptions(), constraint=Anything()).by_logits_alone is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1, "top_k": 10**30},
+        {"temperature": 1e38, "top_p": 1, "min_p": 0},
+        {"temperature": 0.7, "top_k": 40, "top_p": 5e-324, "min_p": 1.0, "seed": 2**63 - 1},
+    ],
+)
+def test_a_hop_that_is_told_how_chooses_the_same(options: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingOptions(**options))
+    told = msgspec.msgpack.decode(msgspec.msgpack.encode(sampler.by_logits_alone), type=Sampling)
+    rows = torch.randn(200, 50, generator=torch.Generator().manual_seed(3))
+    for at, logits in enumerate(rows):
+        assert choose(logits, told, at) == sampler.choose([5] * at, logits)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_strangers_ask_for_is_bounded_or_harmless(number: float) -> None:
+    key = bytes(16)
+    for asked in ((number, None, None, None, key), (1.0, 0, None, None, key), (1.0, None, number, None, key)):
+        with suppress(msgspec.ValidationError):
+            told = msgspec.msgpack.decode(msgspec.msgpack.encode(asked), type=Sampling)
+            assert 0 <= choose(LOGITS, told, 7) < len(LOGITS)
 
 
 def test_additions_leave_the_models_logits_as_they_are() -> None:
@@ -109,8 +161,8 @@ def test_a_number_belongs_to_its_position_however_often_and_in_whatever_order() 
     assert [sampler.choose([0] * length, logits) for length in range(2, 12)] == in_order
     other = Sampler(options, first=2)
     assert [other.choose([0] * length, logits) for length in reversed(range(2, 12))] == in_order[::-1]
-    longer = Sampler(options, first=100)
-    assert [longer.choose([0] * length, logits) for length in range(100, 110)] == in_order
+    later = Sampler(options, first=6)
+    assert [later.choose([0] * length, logits) for length in range(6, 12)] == in_order[4:]
 
 
 def test_own_generator_leaves_the_global_one_alone() -> None:
@@ -145,8 +197,7 @@ def test_scores_are_those_of_transformers_generate(options: dict[str, Any]) -> N
     ).scores[0]
     with torch.inference_mode():
         logits = model(ids).logits[0, -1]
-    ours = Sampler(SamplingOptions(**options))._processors(ids, logits[None])
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(scores(SamplingOptions(**options), prompt, logits), theirs[0])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from swarm.net.sealed_connection import PieceSeal
 from swarm.net.shortcut_port import greeting
 from swarm.net.shortcut_words import Offer
 from swarm.page_keys import KEY_BYTES, PAGE_TOKENS, page_keys
+from swarm.sampling import Sampling
 from swarm.server import admission, hand_over, hosted, server
 from tests.pages import ROOT, Page
 
@@ -56,6 +57,7 @@ MESSAGES: dict[str, type] = {struct.__struct_config__.tag: struct for struct in 
 TABLES: dict[str, type] = {
     **{f"### {tag}": struct for tag, struct in MESSAGES.items()},
     "An `onward` is": messages.Onward,
+    "A `sampling` is": Sampling,
     "A voucher is a msgpack list: the number 1, then": vouchers.Voucher,
     "### Announcements": Announcement,
     "Throughput is measured": Throughput,

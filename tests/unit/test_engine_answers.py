@@ -11,14 +11,18 @@ import pytest_asyncio
 import torch
 
 from swarm.blocks.batch import DECODE_ROWS
+from swarm.blocks.choosing import choose
 from swarm.blocks.compute import HEAD_ROWS
 from swarm.blocks.engine import Engine
 from swarm.blocks.errors import StepError
+from swarm.blocks.head import Head
 from swarm.blocks.models import Model, resolve
 from swarm.blocks.precision import Precision, choose_precision
 from swarm.blocks.steps import BatchReport
+from swarm.kernels.codecs import from_wire
 from swarm.kernels.linear import has_native
 from swarm.net.forms import tensor_bytes
+from swarm.sampling import Sampling
 from swarm.spans import Span
 from tests.engines import WHOLE, as_bytes, engine_of, likeliest, step, step_ids
 
@@ -144,6 +148,39 @@ async def test_a_step_whose_logits_are_no_numbers_fails_alone(engine: Engine) ->
     assert given == await one_by_one(engine, prompt_of(4))
     for name in ("bad", "good"):
         engine.close_session(name)
+
+
+@pytest.mark.parametrize("tokens", [1, LONG])
+async def test_a_token_is_sampled_as_a_client_would(engine: Engine, llama: Model, tokens: int) -> None:
+    """Beside one that wants the likeliest tokens, and one that wants none."""
+    head, prompt = Head.load(llama, "float32", "cpu"), prompt_of(tokens)
+    for name in ("sampled", "likeliest", "plain"):
+        engine.open_session(name, WHOLE, LONG)
+    for number in range(8):
+        sampling = Sampling(1.2, 50, 0.95, None, bytes([number]) * 16)
+        sampled = engine.step(
+            "sampled", 0, as_bytes(prompt), (tokens,), "uint32", "raw", rows=1, sampling=sampling
+        )
+        done, _, plain = await asyncio.gather(
+            sampled, likeliest(engine, "likeliest", 0, prompt, 1), step_ids(engine, "plain", 0, prompt)
+        )
+        hidden = from_wire(done.data, done.shape, done.dtype, done.codec)
+        assert torch.equal(hidden, plain[-1:])
+        assert done.token == choose(head.logits(hidden)[0], sampling, tokens)
+    for name in ("sampled", "likeliest", "plain"):
+        engine.close_session(name)
+
+
+PLAIN = Sampling(1.0, None, None, None, bytes(16))
+
+
+@pytest.mark.parametrize("wish", [{"response_type": "token_ids"}, {"sampling": PLAIN}], ids=str)
+async def test_tokens_are_chosen_where_the_model_ends_alone(llama: Model, wish: dict[str, Any]) -> None:
+    async with engine_of(llama) as engine:
+        engine.open_session("s", Span(0, 1), 4)
+        with pytest.raises(StepError, match="last block"):
+            await engine.step("s", 0, as_bytes([5]), (1,), "uint32", "raw", **wish)
+        engine.close_session("s")
 
 
 async def test_several_rows_that_are_verified_at_once_count_as_decode(engine: Engine) -> None:

@@ -20,10 +20,11 @@ from swarm.net.messages import AnyMessage, Error, Opened, Result
 from swarm.spans import Span
 from tests.faulty import ACTS, Act, Faults, Odds, Rule
 from tests.stepping import SteppingLoop, run_stepping
-from tests.toy_swarm import Toy
+from tests.toy_swarm import GREEDY, Toy
 from tests.trial import (
     COUNT,
     PROMPT,
+    SAMPLED,
     SIX,
     SWARMS,
     THREE,
@@ -441,7 +442,12 @@ def test_frames_may_be_struck_by_chance(seed: int) -> None:
     rng = random.Random(-seed)
     chances = {act: rng.choice((0.0, 0.002, 0.01)) for act in ACTS}
     faults = Faults(seed, odds=Odds(seconds=rng.choice((0.05, 1.0, 10.0)), **chances))
-    ask = partial(answer_or_error, count=rng.choice((COUNT, 40)), speculate=rng.random() < 0.5)
+    ask = partial(
+        answer_or_error,
+        count=rng.choice((COUNT, 40)),
+        speculate=rng.random() < 0.5,
+        sampling=rng.choice((GREEDY, SAMPLED)),
+    )
     run_stepping(run(faults, spans=rng.choice(SWARMS), ask=ask))
 
 
@@ -452,7 +458,9 @@ def test_servers_may_have_mishaps(seed: int) -> None:
     async def ask(toy: Toy) -> None:
         befalling = asyncio.create_task(befall(toy, faults))
         try:
-            await answer_or_error(toy, count=40, speculate=seed % 2 == 0)
+            await answer_or_error(
+                toy, count=40, speculate=seed % 2 == 0, sampling=SAMPLED if seed % 3 else GREEDY
+            )
         finally:
             befalling.cancel()
             await asyncio.gather(befalling, return_exceptions=True)

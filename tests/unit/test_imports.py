@@ -49,6 +49,7 @@ LEAVES = {
     "swarm.page_keys",
     "swarm.parsing",
     "swarm.processes",
+    "swarm.sampling",
 }
 
 ONLY_HERE = {

@@ -8,16 +8,16 @@ import msgspec
 import pytest
 
 from swarm.client.inputs import Wired
-from swarm.client.options import GenerationOptions, SessionOptions
-from swarm.client.rounds import Rounds, further_rounds, token_of, whole_rounds
+from swarm.client.options import GenerationOptions, SamplingOptions, SessionOptions
+from swarm.client.rounds import Rounds, Told, further_rounds, whole_rounds
 from swarm.net.messages import AnyMessage, Error, Link, Opened, Step
 from swarm.net.virtual_time import in_virtual_time
 from swarm.page_keys import PAGE_TOKENS
 from swarm.spans import Span
 from tests.faulty import Faults, Rule
 from tests.stepping import run_stepping
-from tests.toy_swarm import Toy, ToyServer, letters, scripted, toy_swarm
-from tests.trial import LATENCY, PROMPT, SIX, THREE, answer, at_step, servers_of, trial
+from tests.toy_swarm import GREEDY, Toy, ToyServer, letters, scripted, toy_swarm
+from tests.trial import LATENCY, PROMPT, SAMPLED, SIX, THREE, answer, at_step, servers_of, trial
 
 WHOLE = {"a": Span(0, 6)}
 TWO = {"a": Span(0, 3), "b": Span(3, 6)}
@@ -32,20 +32,26 @@ def rounds_of(server: ToyServer) -> list[int]:
     return [step.rounds for step in server.received]
 
 
-async def seconds(spans: dict[str, Span], **options: Any) -> float:
+async def seconds(spans: dict[str, Span], sampling: SamplingOptions, **options: Any) -> float:
     async with trial(spans, Faults(0), **options) as toy:
         started = asyncio.get_running_loop().time()
-        await answer(toy, count=COUNT, speculate=False)
+        await answer(toy, count=COUNT, speculate=False, sampling=sampling)
         return asyncio.get_running_loop().time() - started
 
 
+KINDS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+
+
+@KINDS
 @pytest.mark.parametrize(("spans", "edges"), [(WHOLE, 0), (TWO, 2), (THREE, 3)])
-def test_a_token_costs_one_trip_along_the_route(spans: dict[str, Span], edges: int) -> None:
+def test_a_token_costs_one_trip_along_the_route(
+    spans: dict[str, Span], edges: int, sampling: SamplingOptions
+) -> None:
     """The way to the client and back is spared, but for a step of each page and the first ones."""
 
     async def both() -> None:
-        alone = await seconds(spans)
-        driven = await seconds(spans, sessions=SessionOptions(push=False))
+        alone = await seconds(spans, sampling)
+        driven = await seconds(spans, sampling, sessions=SessionOptions(push=False))
         assert driven > COUNT * 2 * len(spans) * LATENCY
         assert alone < (COUNT * edges + 40) * LATENCY
 
@@ -95,17 +101,76 @@ def test_hops_stop_soon_after_an_answer_that_they_do_not_know_to_be_over() -> No
     run_stepping(run())
 
 
-@pytest.mark.parametrize("old", "abc")
-def test_hops_that_know_no_rounds_are_asked_for_none(old: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "unknown", "sampling"),
+    [
+        *(
+            (name, {"goes_round": False, "samples": False}, kind)
+            for name in "abc"
+            for kind in (GREEDY, SAMPLED)
+        ),
+        ("c", {"samples": False}, SAMPLED),
+    ],
+)
+def test_hops_are_asked_for_no_rounds_that_they_do_not_know(
+    old: str, unknown: dict[str, bool], sampling: SamplingOptions
+) -> None:
     def unaware(message: AnyMessage) -> AnyMessage:
-        return msgspec.structs.replace(message, goes_round=False) if isinstance(message, Opened) else message
+        return msgspec.structs.replace(message, **unknown) if isinstance(message, Opened) else message
 
     async def run() -> None:
         async with trial(THREE, Faults(0)) as toy:
             toy[old].lie = unaware
-            await answer(toy, count=COUNT, speculate=False)
+            await answer(toy, count=COUNT, speculate=False, sampling=sampling)
             for server in toy.servers.values():
                 assert not any(rounds_of(server))
+
+    run_stepping(run())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"repetition_penalty": 1.2}, {"presence_penalty": 1.0}, {"logit_bias": {70: 3.0}}],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_hangs_on_the_tokens_before_is_chosen_by_the_client_alone(more: dict[str, Any]) -> None:
+    async def run() -> None:
+        async with trial(THREE, Faults(0)) as toy:
+            sampling = SamplingOptions(temperature=2.0, seed=1, **more)
+            await answer(toy, count=30, speculate=False, sampling=sampling)
+            for server in toy.servers.values():
+                assert not any(rounds_of(server))
+
+    run_stepping(run())
+
+
+def test_scored_answers_go_round_too() -> None:
+    async def run() -> None:
+        async with trial(THREE, Faults(0)) as toy:
+            options = GenerationOptions(COUNT, ignore_eos=True, speculate=False, logprobs=2)
+            stream = toy.swarm.stream_tokens(PROMPT, options)
+            await stream.result()
+            told = stream.tokens_after(0, hidden=True)
+            assert [one.token for one in told] == toy.ends.expected(PROMPT, COUNT)
+            assert all(one.score is not None and one.score.logprob > -0.1 for one in told)
+            assert max(rounds_of(toy["a"])) > 10
+
+    run_stepping(run())
+
+
+@pytest.mark.parametrize("often", [1, 3, 40])
+def test_a_last_hop_that_samples_otherwise_changes_no_token(often: int) -> None:
+    """It is asked for no further rounds while most of them are in vain."""
+
+    def otherwise(total: int, count: int) -> int:
+        return letters(total, count) if count % often else 66
+
+    async def run() -> None:
+        async with trial(THREE, Faults(0)) as toy:
+            toy["c"].tells = otherwise
+            await answer(toy, count=90, speculate=False, sampling=SamplingOptions(temperature=0.1))
+            in_vain = toy["a"].tokens_stepped - len(PROMPT) - 89
+            assert in_vain < 40
 
     run_stepping(run())
 
@@ -133,12 +198,13 @@ MISHAPS: dict[str, Callable[[ToyServer], Any]] = {
 
 @pytest.mark.parametrize(("mishap", "at"), [(name, at) for name in MISHAPS for at in (0, 1, 2)])
 @pytest.mark.parametrize("step", [MID_ROUND, MID_ROUND + 7])
-def test_a_hop_may_fail_in_any_round(mishap: str, at: int, step: int) -> None:
+@KINDS
+def test_a_hop_may_fail_in_any_round(mishap: str, at: int, step: int, sampling: SamplingOptions) -> None:
     async def run() -> None:
         async with trial(SIX, Faults(0)) as toy:
             server = toy[toy.swarm.route().hops[at].announcement.name]
             server.before_step = at_step(step, lambda: MISHAPS[mishap](server))
-            found = await answer(toy, count=COUNT, speculate=False)
+            found = await answer(toy, count=COUNT, speculate=False, sampling=sampling)
             assert rounds_of(server)[step - 1] > 0, "the mishap was not in a round"
             assert found.recoveries == (mishap != "is full")
             for other in toy.servers.values():
@@ -147,15 +213,18 @@ def test_a_hop_may_fail_in_any_round(mishap: str, at: int, step: int) -> None:
     run_stepping(run())
 
 
+@KINDS
 @pytest.mark.parametrize("pair", [("a", "b"), ("b", "c"), ("c", "a")])
-def test_an_edge_that_breaks_in_a_round_is_led_through_the_client(pair: tuple[str, str]) -> None:
+def test_an_edge_that_breaks_in_a_round_is_led_through_the_client(
+    pair: tuple[str, str], sampling: SamplingOptions
+) -> None:
     async def run() -> None:
         async with trial(THREE, Faults(0)) as toy:
             one, other = (toy[name] for name in pair)
             cut = at_step(MID_ROUND, lambda: toy.network.partition([one.identity], [other.identity]))
             one.before_step = cut
             started = asyncio.get_running_loop().time()
-            found = await answer(toy, count=COUNT, speculate=False)
+            found = await answer(toy, count=COUNT, speculate=False, sampling=sampling)
             assert found.recoveries == 0
             assert servers_of(found) == ["a", "b", "c"]
             assert asyncio.get_running_loop().time() - started < 20.0, "it is noticed once"
@@ -163,14 +232,15 @@ def test_an_edge_that_breaks_in_a_round_is_led_through_the_client(pair: tuple[st
     run_stepping(run())
 
 
+@KINDS
 @pytest.mark.parametrize("skip", range(0, 12, 3))
-def test_a_token_that_gets_lost_between_hops_is_brought_again(skip: int) -> None:
+def test_a_token_that_gets_lost_between_hops_is_brought_again(skip: int, sampling: SamplingOptions) -> None:
     async def run() -> None:
         faults = Faults(0)
         async with trial(THREE, faults) as toy:
             rule = Rule("lose", Step, source=toy["c"].peer, target=toy["a"].peer, skip=skip)
             faults.rules = (rule,)
-            await answer(toy, count=COUNT, speculate=False)
+            await answer(toy, count=COUNT, speculate=False, sampling=sampling)
             assert not rule.times, "none was lost"
 
     run_stepping(run())
@@ -218,32 +288,31 @@ async def test_a_link_for_tokens_is_for_hops_that_tell_some() -> None:
     ]
 
 
-def told(token: int) -> Wired:
-    return Wired(memoryview(token.to_bytes(4, "little")), (1,), "uint32", "raw")
+def told(token: int) -> Told:
+    return Told(Wired(memoryview(token.to_bytes(4, "little")), (1,), "uint32", "raw"), token)
 
 
 def test_rounds_know_which_steps_they_are_and_what_those_told() -> None:
-    rounds = Rounds(number=7, end=50, count=3)
+    rounds = Rounds(number=7, end=50, count=3, response_type="token_ids")
     assert [number in rounds for number in (6, 7, 10, 11)] == [False, True, True, False]
     assert [rounds.covers(end) for end in (49, 50, 53, 54)] == [False, True, True, False]
     assert rounds.begins_untold == (7, 49)
     rounds.tell(50, told(5))
     assert rounds.begins_untold == (8, 50)
-    assert rounds.is_on_its_way(5, 50)
-    assert not rounds.is_on_its_way(6, 50), "another token was told"
-    assert not rounds.is_on_its_way(5, 51), "none was told yet"
+    assert rounds.token(50) == 5
+    assert rounds.token(51) is None, "none was told yet"
     rounds.tell(51, told(9))
-    assert [rounds.told(end) and token_of(rounds.told(end)) for end in (50, 51, 52)] == [5, 9, None]  # type: ignore[arg-type]
+    assert [rounds.given(end) for end in (50, 51, 52)] == [told(5).given, told(9).given, None]
     rounds.stop()
     assert not rounds.covers(52)
-    assert rounds.is_on_its_way(5, 50), "its outcome is known"
-    assert not rounds.is_on_its_way(9, 51)
-    assert rounds.told(50) is not None
-    assert rounds.is_on_its_way(5, 50)
+    assert rounds.token(50) == 5, "what it gives is known"
+    assert rounds.token(51) is None
+    assert rounds.given(50) is not None
+    assert rounds.token(50) == 5
 
 
 def test_what_nobody_was_told_is_none_of_them_once_they_are_stopped() -> None:
-    rounds = Rounds(number=7, end=50, count=3)
+    rounds = Rounds(number=7, end=50, count=3, response_type="token_ids")
     rounds.stop()
     assert not any(number in rounds for number in range(6, 12))
     assert not any(rounds.covers(end) for end in range(48, 55))

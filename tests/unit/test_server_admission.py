@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace as changed
 
 from swarm.net.messages import Onward, Open, Step
+from swarm.sampling import Sampling
 from swarm.server.admission import Limits, Offer, Terms, refuse_open, refuse_step
 from swarm.spans import Span
 
@@ -36,6 +37,7 @@ STEP = Step(
 )
 
 
+SAMPLING = Sampling(0.7, None, 0.9, None, bytes(16))
 ONWARD = (Onward("1" * 32, "token_ids", 1, b""),)
 
 
@@ -168,11 +170,23 @@ def test_rounds_are_admitted() -> None:
     assert refuse_step(changed(last, shape=(1, 3), rows=0), 12, GIVING) is None
 
 
+def test_rounds_of_sampled_tokens_are_admitted_where_the_last_hop_can_choose() -> None:
+    last = changed(STEP, rows=1, rounds=3, then=ONWARD, sampling=SAMPLING)
+    assert refuse_step(last, 24, GIVING) is None
+    assert refuse_step(changed(last, then=()), 24, GIVING) is None
+    assert [GIVING.samples(changed(last, rounds=rounds)) for rounds in (0, 3)] == [False, True]
+    before = changed(last, rows=0)
+    assert refuse_step(before, 24, TERMS) is None
+    assert not TERMS.samples(before)
+
+
 @pytest.mark.parametrize(
     ("step", "says"),
     [
         ({"then": ONWARD, "rows": 1}, "states of all tokens"),
         ({}, "begins with a token"),
+        ({"sampling": SAMPLING, "rows": 2}, "begins with one token"),
+        ({"sampling": SAMPLING, "then": ONWARD}, "begins with one token"),
         ({"response_type": "token_ids"}, "begins with one token"),
         ({"response_type": "token_ids", "rows": 2, "then": ONWARD}, "begins with one token"),
     ],

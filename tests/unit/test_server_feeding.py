@@ -30,6 +30,7 @@ from swarm.net.messages import (
 )
 from swarm.net.transport import Stream, StreamClosed
 from swarm.net.virtual_time import in_virtual_time
+from swarm.sampling import Sampling
 from swarm.server import hosted, sessions
 from swarm.server import onward as onwards
 from swarm.spans import Span
@@ -56,6 +57,8 @@ from tests.hosting import (
     values,
 )
 from tests.stepping import SteppingLoop, run_stepping
+
+SAMPLING = Sampling(0.7, None, None, None, bytes(16))
 
 
 def link(session_id: str, to: Host, to_session: str, **changes: Any) -> Link:
@@ -151,6 +154,30 @@ async def test_hops_go_the_rounds_they_were_asked_for_by_themselves() -> None:
             assert (told[0].number, told[0].seq_pos, told[0].pushed) == (4 + at, at, at < 2)
             assert list(told[1].cast("I")) == [7 + 1 + at]
         assert a.engine.steps == [(ONE, at, 1) for at in range(3)]
+        await silence(two)
+
+
+@pytest.mark.parametrize(("ends", "steps"), [((), 3), ((8,), 1)])
+@in_virtual_time
+async def test_a_last_hop_goes_on_with_what_it_samples_and_gives_hidden_states(
+    ends: tuple[int, ...], steps: int
+) -> None:
+    async with whole("a", "b") as (a, b):
+        a.engine.gives_token_ids = False  # as none does that has not the last blocks
+        one, two = await linked(a, b, start=0)
+        await ask(two, link(TWO, a, ONE, dtype="uint32"))
+        first = ids(number=4, then=(onward(TWO, rows=1),), rounds=2, ends=ends, sampling=SAMPLING)
+        await one.send(first, array("I", [7]).tobytes())
+        for at in range(steps):
+            given, (result, body) = await hear(one), await two.receive()
+            assert isinstance(given, Result)
+            assert isinstance(result, Result)
+            assert (given.number, given.token, given.pushed) == (4 + at, None, True)
+            goes_on = at < steps - 1
+            assert (result.number, result.pushed) == (4 + at, goes_on)
+            assert result.token == (None if at == 2 else 8 + at)
+            assert bytes(body) == values(1, 8.0 + at)
+        assert a.engine.steps == [(ONE, at, 1) for at in range(steps)]
         await silence(two)
 
 
