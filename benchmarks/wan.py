@@ -3,10 +3,11 @@
     python -m benchmarks.wan [--rtt-ms 5 50 100] [--mbit-s 100 1000] [--rounds 3] [--json FILE]
 
 For each distance a swarm of its own comes up, and what is compared takes turns on it, round after round: hops
-that the client drives against hops that push; without and with speculation, on text that repeats its prompt
-and on text that does not; and a long prompt in one piece, so that one hop works at a time, against one in
-chunks. Every answer must equal the plain one on loopback, where it is also measured what of a decode step is
-neither computing nor waiting in a queue. Figures are medians over the rounds, ratios are taken within one.
+that the client drives against hops that push, in greedy and in sampled answers; without and with speculation,
+on text that repeats its prompt and on text that does not; and a long prompt in one piece, so that one hop
+works at a time, against one in chunks. Every answer must equal that of driven hops on loopback, where it is
+also measured what of a decode step is neither computing nor waiting in a queue. Figures are medians over the
+rounds, ratios are taken within one.
 """
 
 import os
@@ -14,6 +15,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
+import asyncio
 import json
 import platform
 import sys
@@ -39,6 +41,7 @@ from benchmarks.wan_report import (
     OTHER,
     PUSHED,
     REPEATING,
+    SAMPLED,
     TURNS,
     Asked,
     Runs,
@@ -52,10 +55,15 @@ from swarm.client import relay
 from swarm.client.decoding import MAX_ROUNDS
 from swarm.client.facade import Swarm
 from swarm.client.generation import Generation
-from swarm.client.options import GenerationOptions
+from swarm.client.options import GenerationOptions, SamplingOptions
+from swarm.client.sampling import Sampler
 
 SERVERS = 3
 WARM_UP_TOKENS = 12
+SAMPLING = SamplingOptions(temperature=0.8, top_p=0.95, seed=1)
+SHARES = {DRIVEN: (DRIVEN, OTHER), PUSHED: (PUSHED, OTHER), f"{PUSHED}, {SAMPLED}": (PUSHED, SAMPLED)}
+"""Whose decode steps on loopback are taken apart, and of which kind of text."""
+
 LINKING = 4
 """Steps after which all hops of a session are linked."""
 
@@ -72,7 +80,7 @@ class Bench:
         self.head = Head.load(model, args.dtype, "cpu")
         tokenizer = self.head.tokenizer
         prompts = {OTHER: other_prompts(tokenizer), REPEATING: repeating_prompts(tokenizer)}
-        self.asked = Asked(prompts, {})
+        self.asked = Asked({**prompts, SAMPLED: prompts[OTHER]}, {})
         text = (Path(__file__).parent.parent / "LICENSE").read_text()
         self.long_prompt: list[int] = tokenizer(text).input_ids[: args.long_prompt]
 
@@ -82,15 +90,16 @@ class Bench:
         async with far.connect(push=False) as driving, far.connect(push=True) as pushing:
             clients = {name: pushing if push else driving for name, (push, _) in CONTENDERS.items()}
             for name, kind in TURNS:
-                await self.answer(clients, name, self.asked.prompts[kind][0], WARM_UP_TOKENS)
+                await self.answer(clients, name, kind, 0, WARM_UP_TOKENS)
             yield clients
 
     async def answer(
-        self, clients: Mapping[str, Swarm], contender: str, prompt: list[int], tokens: int
+        self, clients: Mapping[str, Swarm], contender: str, kind: str, number: int, tokens: int
     ) -> Generation:
         _, speculate = CONTENDERS[contender]
-        options = GenerationOptions(tokens, ignore_eos=True, speculate=speculate)
-        return await clients[contender].stream_tokens(prompt, options).result()
+        sampling = SAMPLING if kind == SAMPLED else SamplingOptions()
+        options = GenerationOptions(tokens, sampling, ignore_eos=True, speculate=speculate)
+        return await clients[contender].stream_tokens(self.asked.prompts[kind][number], options).result()
 
     async def rounds(self, clients: dict[str, Swarm], name: str) -> Runs:
         runs = Runs()
@@ -98,7 +107,7 @@ class Bench:
             shift = round_ % len(TURNS)
             for who, kind in (*TURNS[shift:], *TURNS[:shift]):
                 number = round_ % len(self.asked.prompts[kind])
-                answer = await self.answer(clients, who, self.asked.prompts[kind][number], self.args.tokens)
+                answer = await self.answer(clients, who, kind, number, self.args.tokens)
                 runs.answers.append((who, kind, number, answer))
             await self.prefill_both_ways(clients[PUSHED], runs)
             print(f"{name}: round {round_ + 1}", file=sys.stderr, flush=True)
@@ -121,16 +130,28 @@ class Bench:
         await session.close()
         return elapsed, result[-1]
 
-    async def shares(self, client: Swarm, far: Far) -> dict[str, Any]:
-        """Where the milliseconds of a greedy answer's decode step go."""
-        prompt, count = self.asked.prompts[OTHER][0], self.args.steps
+    async def shares(self, client: Swarm, far: Far, kind: str) -> dict[str, Any]:
+        """Where the milliseconds of an answer's decode step go.
+
+        If it is sampled, the client chooses each token in a thread of its own, while the hops go on.
+        """
+        prompt, count = self.asked.prompts[kind][0], self.args.steps
         session = await client.open_session(prompt, needed=len(prompt) + LINKING + count)
-        tokens = [*prompt, *await session.next_tokens(prompt, 0)]
+        sampler, tokens = Sampler(SAMPLING, first=len(prompt)), list(prompt)
+
+        def chosen(hidden: torch.Tensor) -> int:
+            return sampler.choose(tokens, self.head.logits(hidden)[0])
 
         async def step() -> None:
-            tokens.extend(await session.next_tokens(tokens[-1:], len(tokens) - 1, rounds=MAX_ROUNDS))
+            begin = len(session.tokens)
+            if kind != SAMPLED:
+                tokens.extend(await session.next_tokens(tokens[begin:], begin, rounds=MAX_ROUNDS))
+                return
+            sampling = sampler.by_logits_alone
+            hidden = await session.step(tokens[begin:], begin, rounds=MAX_ROUNDS, sampling=sampling)
+            tokens.append(await asyncio.to_thread(chosen, hidden))
 
-        for _ in range(LINKING):
+        for _ in range(1 + LINKING):
             await step()
         session.reset_times()
         pids = [server.pid for server in far.servers]
@@ -162,13 +183,14 @@ async def measure_loopback(bench: Bench, folder: Path) -> dict[str, Any]:
         bench.clients(far) as clients,
     ):
         for kind, prompts in bench.asked.prompts.items():
-            for number, prompt in enumerate(prompts):
-                answer = await bench.answer(clients, DRIVEN, prompt, args.tokens)
+            for number in range(len(prompts)):
+                answer = await bench.answer(clients, DRIVEN, kind, number, args.tokens)
                 bench.asked.expected[kind, number] = answer.token_ids
-        shares: dict[str, list[dict[str, Any]]] = {DRIVEN: [], PUSHED: []}
+        shares: dict[str, list[dict[str, Any]]] = {name: [] for name in SHARES}
         for _ in range(args.rounds):
             for name, found in shares.items():
-                found.append(await bench.shares(clients[name], far))
+                who, kind = SHARES[name]
+                found.append(await bench.shares(clients[who], far, kind))
         runs = await bench.rounds(clients, "loopback")
     row = row_of(None, far.network, bench.asked, runs, 0.0)
     row["step"] = {name: min(found, key=lambda one: one["step_ms"]) for name, found in shares.items()}
