@@ -26,7 +26,7 @@ NewDrafter = Callable[[Sequence[int], Sampler], Drafter]
 """Makes a drafter for the sequence that begins with these tokens, whose next ones are so chosen. Blocks."""
 
 
-MAX_ROUNDS, ROUNDS_SECONDS = 31, 1.0
+MAX_ROUNDS, ROUNDS_SECONDS = 32, 1.0
 """Tokens that hops go on by themselves to tell at most, and seconds: no longer do they go on in vain."""
 
 FIRST_ROUNDS = 4

@@ -476,6 +476,8 @@ class Leg:
         if result.response_type == "token_ids":
             if any(token >= self._asked.vocab_size for token in body.cast("B").cast("I")):
                 raise RemoteFault(self.hop, "answered with a token that the model does not have")
+        elif result.token is not None and result.token >= self._asked.vocab_size:
+            raise RemoteFault(self.hop, "sampled a token that the model does not have")
         elif not is_finite(body, result.shape, result.dtype, result.codec):
             raise RemoteFault(self.hop, "answered with values that are not numbers")
 

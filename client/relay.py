@@ -182,6 +182,7 @@ class Relay:
                 edges, attempts = self._begin(), attempts + 1
             elif not self._changed.is_set:
                 await self._wait()
+        await self._go_further()
         return outcome
 
     def replace(self, first: int, end: int, legs: Sequence[Leg]) -> None:
@@ -373,7 +374,9 @@ class Relay:
                 for pending in list(leg.pending.values()):
                     is_due = not pending.is_pushed and pending.since is None
                     if is_due and self._inputs.has(leg.block, pending.start, pending.end):
-                        await leg.send(pending, await self._body(leg, pending.start, pending.end))
+                        await leg.send(
+                            pending, await self._body(leg, self._tokens, pending.start, pending.end)
+                        )
                 while leg.fault is None and (chunk := self._next_chunk(index, edges)) is not None:
                     await self._start(index, *chunk)
         except LookupError:
@@ -394,40 +397,64 @@ class Relay:
             return None  # what is on its way to it comes first
         return (start, end) if self._inputs.has(leg.block, start, end) else None
 
-    async def _start(self, index: int, start: int, end: int) -> None:
-        """Bring a chunk to a hop, to go on from there as far as hops are linked and wait for it."""
-        body = await self._body(self.legs[index], start, end)
-        self._number += 1
+    async def _go_further(self) -> None:
+        """Begin the step after the wanted one with the token that the last hop has told, if hops wait for it.
+
+        Whoever wanted that one still has to say whether it is the token to go on with.
+        """
+        start, rounds, first = self._wanted.end, self._rounds, self.legs[0]
+        token = None if rounds is None else rounds.last_token(start)
+        if token is None or token in self._wanted.ends:
+            return
+        if first.sent == start and first.fault is None and self._clock() >= first.resume_at:
+            await self._start(0, start, start + 1, token)
+
+    async def _start(self, index: int, start: int, end: int, foretold: int | None = None) -> None:
+        """Bring a chunk to a hop, to go on from there as far as hops are linked and wait for it.
+
+        It is of the sequence; or the one token that was `foretold` to follow it, if hops can go on from there
+        by themselves.
+        """
+        tokens = self._tokens if foretold is None else (*self._tokens, foretold)
+        body = await self._body(self.legs[index], tokens, start, end)
         last = index
         while self._goes_on(last, start, end):
             last += 1
-        rounds = self._rounds_after(start, end) if last - index + 1 == len(self.legs) else 0
-        self._rounds = Rounds(self._number, end, rounds, self._wanted.response_type) if rounds else None
+        count = self._rounds_after(start, end) if last - index + 1 == len(self.legs) else None
+        if foretold is not None and count is None:
+            return
+        self._number += 1
+        self._rounds = None
+        if count is not None:
+            self._rounds = Rounds(self._number, end, count, self._wanted.response_type, foretold)
         then: tuple[Onward, ...] = ()
         for at in range(last, index - 1, -1):
             leg = self.legs[at]
-            step = self._step(at, start, end, then, rounds)
+            step = self._step(at, tokens, start, end, then, count)
             leg.expect(Pending.of(step, is_pushed=at > index))
             for further in further_rounds(step):
                 leg.expect(Pending.of(further, is_pushed=True))
             then = (Onward(leg.session_id, step.response_type, step.rows, step.page_keys), *then)
         pending = self.legs[index].pending[self._number]
-        self._number += rounds
+        self._number += count or 0
         await self.legs[index].send(pending, body)
 
-    def _rounds_after(self, start: int, end: int) -> int:
-        """How many rounds the hops may go by themselves once they have done the step of these positions."""
-        wanted = self._wanted
+    def _rounds_after(self, start: int, end: int) -> int | None:
+        """How many rounds the hops may go by themselves after the wanted step, or the one after that.
+
+        None where they cannot go any, however far that would be.
+        """
+        wanted, ahead = self._wanted, end - self._wanted.end
         is_told = wanted.rows == 1 and (wanted.response_type == "token_ids" or wanted.sampling is not None)
-        if not (wanted.rounds and is_told and end == wanted.end and end - start == 1):
-            return 0
+        if not (wanted.rounds and is_told and ahead >= 0 and end - start == 1):
+            return None
         if not self.is_ring(wanted.sampling) or any(leg.is_leaving for leg in self.legs):
-            return 0
+            return None
         if self._foresight.rate < LEAST_FORESIGHT:
             self._foresight.fade()
-            return 0
+            return None
         are_named = any(leg.chain is not None for leg in self.legs[1:])
-        return whole_rounds(wanted.rounds, end) if are_named else wanted.rounds
+        return whole_rounds(wanted.rounds - ahead, end) if are_named else wanted.rounds - ahead
 
     def _goes_on(self, index: int, start: int, end: int) -> bool:
         """Whether the hop can pass these positions on, and the next one lacks them and no others before."""
@@ -437,10 +464,18 @@ class Relay:
         in_order = all(pending.is_pushed for pending in leg.pending.values())
         return in_order and leg.fault is None and start <= leg.sent < end and self._clock() >= leg.resume_at
 
-    def _step(self, index: int, start: int, end: int, then: tuple[Onward, ...], rounds: int) -> Step:
+    def _step(
+        self,
+        index: int,
+        tokens: Sequence[int],
+        start: int,
+        end: int,
+        then: tuple[Onward, ...],
+        rounds: int | None,
+    ) -> Step:
         leg, count = self.legs[index], end - start
         rows, response_type = self._answer_of(index, end)
-        keys = leg.chain.named(self._tokens, start, end) if leg.chain else b""
+        keys = leg.chain.named(tokens, start, end) if leg.chain else b""
         takes_ids = leg.takes_token_ids
         return Step(
             session_id=leg.session_id,
@@ -454,16 +489,16 @@ class Relay:
             page_keys=b"" if takes_ids else keys,
             rows=rows,
             then=then,
-            rounds=rounds,
+            rounds=rounds or 0,
             ends=self._wanted.ends if rounds else (),
-            sampling=self._wanted.sampling if rounds else None,
+            sampling=None if rounds is None else self._wanted.sampling,
         )
 
     def _answer_of(self, index: int, end: int) -> tuple[int, ResponseType]:
         """Rows and kind of what a hop is asked for: all where others follow, at last what is wanted."""
         if index + 1 < len(self.legs):
             return 0, "hidden_states"
-        is_final = end == self._wanted.end
+        is_final = end >= self._wanted.end
         return self._final_answer if is_final else (1, "hidden_states")
 
     @property
@@ -472,10 +507,10 @@ class Relay:
         tells = self.legs[-1].opened.gives_token_ids
         return self._wanted.rows, self._wanted.response_type if tells else "hidden_states"
 
-    async def _body(self, leg: Leg, start: int, end: int) -> bytes | memoryview:
-        """What goes into a hop at these positions, in the form that it takes."""
+    async def _body(self, leg: Leg, tokens: Sequence[int], start: int, end: int) -> bytes | memoryview:
+        """What goes into a hop at these positions of `tokens`, in the form that it takes."""
         if leg.takes_token_ids:
-            return struct.pack(f"<{end - start}I", *self._tokens[start:end])
+            return struct.pack(f"<{end - start}I", *tokens[start:end])
         return await self._inputs.read(leg.block, start, end, (leg.opened.dtype, leg.opened.codec))
 
     async def _wait(self) -> None:

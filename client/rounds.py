@@ -24,11 +24,19 @@ class Rounds:
     """`count` rounds after step `number`, which is brought to the hops and whose position is before `end`.
 
     They take one position each: what a step before position p tells is the token at p. All are answered with
-    `response_type`.
+    `response_type`. The token of the step itself may be `foretold`: the sequence does not have it yet.
     """
 
-    def __init__(self, number: int, end: int, count: int, response_type: ResponseType):
+    def __init__(
+        self,
+        number: int,
+        end: int,
+        count: int,
+        response_type: ResponseType,
+        foretold: int | None = None,
+    ):
         self.response_type = response_type
+        self._foretold = foretold
         self._number = number
         self._end = end
         self._last = end + count
@@ -61,11 +69,18 @@ class Rounds:
         told = self._told.get(end)
         return None if told is None else told.given
 
+    def last_token(self, end: int) -> int | None:
+        """The token that the step before `end` has told, if it is the last one."""
+        told = self._told.get(end)
+        return None if told is None or end != self._last else told.token
+
     def token(self, position: int) -> int | None:
         """The token with which the hops go on at `position`, if they do and that was told.
 
         What was told before is let go.
         """
+        if position == self._end - 1:
+            return self._foretold
         told = self._told.get(position)
         if told is None or position >= self._last:
             return None

@@ -61,8 +61,8 @@ class Terms:
     length: int = 0
 
     def samples(self, step: Step) -> bool:
-        """Whether a token is to be sampled after the step, with which another round begins."""
-        is_asked = step.sampling is not None and step.rounds > 0 and step.response_type == "hidden_states"
+        """Whether a token is to be sampled after the step, with which another round may begin."""
+        is_asked = step.sampling is not None and step.response_type == "hidden_states"
         return is_asked and self.gives_token_ids
 
     @property

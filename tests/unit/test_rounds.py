@@ -10,7 +10,8 @@ import pytest
 from swarm.client.inputs import Wired
 from swarm.client.options import GenerationOptions, SamplingOptions, SessionOptions
 from swarm.client.rounds import Rounds, Told, further_rounds, whole_rounds
-from swarm.net.messages import AnyMessage, Error, Link, Opened, Step
+from swarm.client.sampling import Sampler
+from swarm.net.messages import AnyMessage, Error, Link, Opened, Result, Step
 from swarm.net.virtual_time import in_virtual_time
 from swarm.page_keys import PAGE_TOKENS
 from swarm.spans import Span
@@ -47,13 +48,13 @@ KINDS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "s
 def test_a_token_costs_one_trip_along_the_route(
     spans: dict[str, Span], edges: int, sampling: SamplingOptions
 ) -> None:
-    """The way to the client and back is spared, but for a step of each page and the first ones."""
+    """The way to the client and back is spared, but once a page and for the first tokens."""
 
     async def both() -> None:
         alone = await seconds(spans, sampling)
         driven = await seconds(spans, sampling, sessions=SessionOptions(push=False))
         assert driven > COUNT * 2 * len(spans) * LATENCY
-        assert alone < (COUNT * edges + 40) * LATENCY
+        assert alone < (COUNT * edges + 22) * LATENCY
 
     run_stepping(both())
 
@@ -154,6 +155,53 @@ def test_scored_answers_go_round_too() -> None:
             assert [one.token for one in told] == toy.ends.expected(PROMPT, COUNT)
             assert all(one.score is not None and one.score.logprob > -0.1 for one in told)
             assert max(rounds_of(toy["a"])) > 10
+
+    run_stepping(run())
+
+
+@KINDS
+@pytest.mark.parametrize("spans", [WHOLE, THREE], ids=["whole", "three"])
+def test_hops_are_brought_the_next_round_before_the_client_has_chosen_its_token(
+    spans: dict[str, Span], sampling: SamplingOptions
+) -> None:
+    """However long that takes: its head takes as long as ten rounds of all hops do."""
+    head, tokens = 0.1, 100
+
+    async def run() -> None:
+        async with trial(spans, Faults(0)) as toy:
+            for server in toy.servers.values():
+                server.seconds = 0.005
+            session = await toy.swarm.open_session(PROMPT, needed=200)
+            by_logits = Sampler(sampling).by_logits_alone
+            sequence = [*PROMPT, 66]
+            await session.step(sequence, 0)
+            for _ in range(10):  # until all hops are linked
+                sequence += toy.ends.expected(sequence, 1, sampling)
+                await session.step(sequence[-1:], len(sequence) - 1, rounds=32, sampling=by_logits)
+            on_their_way = 0
+            for _ in range(tokens):
+                await asyncio.sleep(head)
+                sequence += toy.ends.expected(sequence, 1, sampling)
+                await session.step(sequence[-1:], len(sequence) - 1, rounds=32, sampling=by_logits)
+                on_their_way += session.went_round
+            assert on_their_way == tokens
+            await session.close()
+
+    run_stepping(run())
+
+
+def test_a_last_hop_that_samples_a_token_that_there_is_not_is_lost() -> None:
+    def lie(message: AnyMessage) -> AnyMessage:
+        is_told = isinstance(message, Result) and message.token is not None
+        return msgspec.structs.replace(message, token=257) if is_told else message
+
+    async def run() -> None:
+        async with trial(SIX, Faults(0)) as toy:
+            last = toy[toy.swarm.route().hops[2].announcement.name]
+            last.lie = lie
+            found = await answer(toy, count=COUNT, speculate=False, sampling=SAMPLED)
+            assert found.recoveries == 1
+            assert last.name not in servers_of(found)
 
     run_stepping(run())
 
@@ -309,6 +357,19 @@ def test_rounds_know_which_steps_they_are_and_what_those_told() -> None:
     assert rounds.token(51) is None
     assert rounds.given(50) is not None
     assert rounds.token(50) == 5
+
+
+def test_rounds_may_begin_with_a_token_that_was_foretold() -> None:
+    rounds = Rounds(number=7, end=50, count=0, response_type="hidden_states", foretold=8)
+    assert (rounds.token(49), rounds.token(50)) == (8, None)
+    assert rounds.last_token(50) is None, "it was not told yet"
+    rounds.tell(50, told(5))
+    assert rounds.last_token(50) == 5
+    assert rounds.token(50) is None, "nobody goes on with it"
+    longer = Rounds(number=7, end=50, count=1, response_type="hidden_states")
+    longer.tell(50, told(5))
+    assert longer.last_token(50) is None, "another round goes on with it"
+    assert longer.token(49) is None
 
 
 def test_what_nobody_was_told_is_none_of_them_once_they_are_stopped() -> None:
