@@ -144,7 +144,7 @@ def test_the_service_lets_a_server_leave() -> None:
 def test_the_service_is_one_for_systemd(tmp_path: Path) -> None:
     """Its program lies elsewhere here, and is checked to be there."""
     copy = tmp_path / "swarm-server.service"
-    copy.write_text(UNIT.replace("/opt/swarm/bin/python", sys.executable))
+    copy.write_text(UNIT.replace("/opt/swarm/bin/python", f'"{sys.executable}"'))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True, timeout=60
     )
