@@ -118,18 +118,15 @@ def _fault_of_form(step: Step, body: int, terms: Terms) -> str | None:
         return "This session gives hidden states only: apply the head on the client."
     if step.rows > step.shape[0]:
         return f"A step of {step.shape[0]} tokens has no {step.rows} of them to answer for."
-    if terms.samples(step):
-        if (step.rows or step.shape[0]) != 1:
+    if step.response_type == "token_ids" or terms.samples(step):
+        if step.rounds and (step.rows or step.shape[0]) != 1:
             return "Another round begins with one token."
-    elif step.response_type == "hidden_states":
-        if step.then and step.rows:
+        if step.then and not step.rounds:
             return "What goes on to the next hop are the hidden states of all tokens."
-        if step.rounds and not step.then:
-            return "Another round begins with a token, for which the last hop is to be asked."
-    elif step.rounds and (step.rows or step.shape[0]) != 1:
-        return "Another round begins with one token."
-    elif step.then and not step.rounds:
+    elif step.then and step.rows:
         return "What goes on to the next hop are the hidden states of all tokens."
+    elif step.rounds and not step.then:
+        return "Another round begins with a token, for which the last hop is to be asked."
     brings_ids = step.payload_type == "token_ids"
     fault = _fault_of_ids(step, terms) if brings_ids else _fault_of_hidden_states(step, terms)
     if fault is None and body != body_bytes(step):

@@ -174,6 +174,9 @@ def test_rounds_of_sampled_tokens_are_admitted_where_the_last_hop_can_choose() -
     last = changed(STEP, rows=1, rounds=3, then=ONWARD, sampling=SAMPLING)
     assert refuse_step(last, 24, GIVING) is None
     assert refuse_step(changed(last, then=()), 24, GIVING) is None
+    assert refuse_step(changed(last, rounds=0, then=()), 24, GIVING) is None
+    nowhere = refuse_step(changed(last, rounds=0), 24, GIVING)
+    assert nowhere is not None, "a round that was not asked for would begin with the token"
     assert GIVING.samples(last)
     assert not GIVING.samples(changed(last, response_type="token_ids"))
     before = changed(last, rows=0)
